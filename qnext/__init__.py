@@ -1,0 +1,27 @@
+"""Qwen3-Next as pure functions of (params, state, tokens)."""
+
+from qnext.errors import CapacityError as CapacityError
+from qnext.errors import CheckpointError as CheckpointError
+from qnext.errors import ConfigError as ConfigError
+from qnext.errors import InputError as InputError
+from qnext.errors import QnextError as QnextError
+from qnext.functional.checkpoint import load as load
+from qnext.functional.checkpoint import load_state as load_state
+from qnext.functional.checkpoint import save as save
+from qnext.functional.checkpoint import save_state as save_state
+from qnext.functional.config import Config as Config
+from qnext.functional.config import Precision as Precision
+from qnext.functional.generate import generate as generate
+from qnext.functional.generate import stream as stream
+from qnext.functional.model import decode as decode
+from qnext.functional.model import forward as forward
+from qnext.functional.model import prefill as prefill
+from qnext.functional.mtp import mtp as mtp
+from qnext.functional.params import Params as Params
+from qnext.functional.params import init_params as init_params
+from qnext.functional.sampling import Sampling as Sampling
+from qnext.functional.sampling import sample as sample
+from qnext.functional.state import State as State
+from qnext.functional.state import fork as fork
+from qnext.functional.state import init_state as init_state
+from qnext.functional.state import select as select

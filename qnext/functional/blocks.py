@@ -1,0 +1,185 @@
+"""The parts of a Qwen3-Next layer: two kinds of mixer, two kinds of feed-forward network.
+
+Each is a function of (its params, its state, activations [batch, seq, d], what the call shares) and
+returns new activations and a new state. Shapes use the axis names of docs/glossary.md.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import linear
+
+from qnext.functional import ops
+from qnext.functional.config import PAGE, Config
+from qnext.functional.params import (
+    AttentionParams,
+    DeltaNetParams,
+    DenseParams,
+    FfnParams,
+    LayerParams,
+    MoeParams,
+)
+from qnext.functional.state import KV, Delta, LayerState, State
+from qnext.shapes import Shaped
+
+L2_EPS = 1e-6  # of the delta rule's query and key norm; fixed by the model, not in its config
+
+
+class Step(NamedTuple):
+    """What every layer of one call shares: where its tokens are, what they see, where they go."""
+
+    position: Int[Tensor, "batch seq"]  # in its sequence, from 0
+    valid: Bool[Tensor, "batch seq"]  # the rest is padding
+    taken: Int[Tensor, " batch"]  # valid tokens of each row
+    context: Int[Tensor, " batch"]  # tokens visible once this call's are written
+    kv_index: Int[Tensor, "batch seq"]  # pool row of each token's key and value; padding: 0
+    block_table: Int[Tensor, "batch max_pages"]
+    slot: Int[Tensor, "batch 1"]  # of the recurrent state
+    row: Int[Tensor, " batch"]  # of the convolution window,
+    offset: Int[Tensor, " batch"]  # and where in it the window begins
+    frequency: Float[Tensor, " pairs"]  # rotary radians per position
+
+
+def locate(
+    config: Config, state: State, past: Int[Tensor, " batch"], valid: Bool[Tensor, "batch seq"]
+) -> Step:
+    """The Step of a call whose valid tokens follow `past` earlier ones in each row."""
+    seq, device = valid.shape[1], past.device
+    position = past[:, None] + torch.arange(seq, dtype=past.dtype, device=device)
+    taken = valid.sum(1, dtype=past.dtype)
+    last_page = state.block_table.shape[1] - 1
+    page = state.block_table.gather(1, (position // PAGE).clamp(max=last_page).long())
+    return Step(
+        position=position,
+        valid=valid,
+        taken=taken,
+        context=past + taken,
+        kv_index=(page * PAGE + position % PAGE).where(valid, 0),
+        block_table=state.block_table,
+        slot=state.slots[:, :1],
+        row=state.rows,
+        offset=state.accepted,
+        frequency=config.rope.frequencies(config.head_dim, device),
+    )
+
+
+def layer(
+    p: Shaped[LayerParams],
+    state: Shaped[LayerState],
+    x: Float[Tensor, "batch seq d"],
+    step: Shaped[Step],
+    config: Config,
+) -> tuple[Float[Tensor, "batch seq d"], Shaped[LayerState]]:
+    """One decoder layer: x + mixer(norm(x)), then x + ffn(norm(x))."""
+    normed = ops.rms_norm(x=x, weight=p.input_norm, eps=config.rms_norm_eps)
+    if isinstance(p.mixer, AttentionParams):
+        assert isinstance(state, KV)
+        mixed, state = gated_attention(p.mixer, state, normed, step, config)
+    else:
+        assert isinstance(state, Delta)
+        mixed, state = delta_net(p.mixer, state, normed, step, config)
+    x = x + mixed
+    normed = ops.rms_norm(x=x, weight=p.post_norm, eps=config.rms_norm_eps)
+    return x + feed_forward(p.ffn, normed, config), state
+
+
+def gated_attention(
+    p: Shaped[AttentionParams],
+    kv: Shaped[KV],
+    x: Float[Tensor, "batch seq d"],
+    step: Shaped[Step],
+    config: Config,
+) -> tuple[Float[Tensor, "batch seq d"], Shaped[KV]]:
+    """Grouped-query attention, q/k norm, partial rotary, and a sigmoid gate on its output."""
+    hq, hkv, hd = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    eps = config.rms_norm_eps
+    heads = linear(x, p.in_proj).unflatten(-1, (-1, hd))
+    query, key, value, gate = heads.split([hq, hkv, hkv, hq], dim=-2)
+    query, key = ops.rotary(
+        query=ops.rms_norm(x=query, weight=p.q_norm, eps=eps),
+        key=ops.rms_norm(x=key, weight=p.k_norm, eps=eps),
+        position=step.position,
+        frequency=step.frequency,
+        factor=config.rope.attention_factor,
+    )
+    kv = KV(
+        *ops.kv_write(
+            key_pool=kv.key, value_pool=kv.value, key=key, value=value, index=step.kv_index
+        )
+    )
+    seen = ops.attention(
+        query=query,
+        key_pool=kv.key,
+        value_pool=kv.value,
+        block_table=step.block_table,
+        position=step.position,
+        context=step.context,
+        scale=hd**-0.5,
+    )
+    return linear((seen * gate.sigmoid()).flatten(-2), p.out_proj), kv
+
+
+def delta_net(
+    p: Shaped[DeltaNetParams],
+    state: Shaped[Delta],
+    x: Float[Tensor, "batch seq d"],
+    step: Shaped[Step],
+    config: Config,
+) -> tuple[Float[Tensor, "batch seq d"], Shaped[Delta]]:
+    """Gated DeltaNet: short convolution, gated delta rule, gated norm (arXiv:2412.06464)."""
+    hk, hv = config.linear_num_key_heads, config.linear_num_value_heads
+    dk, dv = config.linear_key_head_dim, config.linear_value_head_dim
+    qkv, z = linear(x, p.in_proj).split([2 * hk * dk + hv * dv, hv * dv], dim=-1)
+    b, a = linear(x, p.gate_proj).chunk(2, dim=-1)
+
+    qkv, window = ops.short_conv(
+        x=qkv,
+        weight=p.conv,
+        window=state.window,
+        rows=step.row,
+        offset=step.offset,
+        start=step.taken,
+    )
+    query, key, value = qkv.split([hk * dk, hk * dk, hv * dv], dim=-1)
+    g, beta = ops.delta_gates(a=a, b=b, A_log=p.A_log, dt_bias=p.dt_bias, valid=step.valid)
+    out, recurrent = ops.delta_rule(
+        query=ops.l2_norm(x=query.unflatten(-1, (hk, dk)), eps=L2_EPS),
+        key=ops.l2_norm(x=key.unflatten(-1, (hk, dk)), eps=L2_EPS),
+        value=value.unflatten(-1, (hv, dv)),
+        g=g,
+        beta=beta,
+        state=state.recurrent,
+        slots=step.slot,
+        scale=dk**-0.5,
+    )
+    out = ops.gated_rms_norm(
+        x=out, weight=p.norm, gate=z.unflatten(-1, (hv, dv)), eps=config.rms_norm_eps
+    )
+    return linear(out.flatten(-2), p.out_proj), Delta(recurrent, window)
+
+
+def feed_forward(
+    p: Shaped[FfnParams], x: Float[Tensor, "batch seq d"], config: Config
+) -> Float[Tensor, "batch seq d"]:
+    """A dense SwiGLU network, or a mixture of them with a gated shared expert."""
+    if isinstance(p, DenseParams):
+        return linear(ops.swiglu(linear(x, p.gate_up)), p.down)
+    return mixture(p, x.flatten(0, 1), config).view_as(x)
+
+
+def mixture(
+    p: Shaped[MoeParams], x: Float[Tensor, "tokens d"], config: Config
+) -> Float[Tensor, "tokens d"]:
+    """The top-k routed experts of each token, and the shared expert scaled by its gate."""
+    weight, expert = ops.route(
+        logits=linear(x, p.router).to(config.precision.router),
+        topk=config.num_experts_per_tok,
+        renormalise=config.norm_topk_prob,
+    )
+    routed = ops.experts(
+        x=x, expert=expert, weight=weight.to(x.dtype), gate_up=p.gate_up, down=p.down
+    )
+    shared = linear(ops.swiglu(linear(x, p.shared_gate_up)), p.shared_down)
+    return routed + linear(x, p.shared_gate).sigmoid() * shared

@@ -1,0 +1,235 @@
+"""The static description of a model: read from Hugging Face's config.json, never changed."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from qnext.errors import ConfigError
+from qnext.functional.rope import Rope
+from qnext.functional.tree import register_constant
+
+ATTENTION, DELTA = "full_attention", "linear_attention"
+PAGE = 128  # tokens a page of keys and values; what the fused attention calls want
+
+
+class Precision(NamedTuple):
+    """Where which dtype is used; rounding happens at these seams and nowhere else."""
+
+    compute: torch.dtype = torch.float32  # weights, activations, keys and values
+    state: torch.dtype = torch.float32  # recurrent states between calls
+    router: torch.dtype = torch.float32  # softmax over experts
+    logits: torch.dtype = torch.float32  # what forward returns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A Qwen3-Next architecture, with Hugging Face's names and defaults.
+
+    `mtp_layers` counts the multi-token-prediction modules of the checkpoint; published configs do
+    not say it, so `load` sets it from the tensors that are there.
+    """
+
+    vocab_size: int = 151_936
+    hidden_size: int = 2048
+    num_hidden_layers: int = 48
+    layer_types: tuple[str, ...]
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 2
+    head_dim: int = 256
+    linear_num_key_heads: int = 16
+    linear_num_value_heads: int = 32
+    linear_key_head_dim: int = 128
+    linear_value_head_dim: int = 128
+    linear_conv_kernel_dim: int = 4
+    intermediate_size: int = 5632
+    num_experts: int = 512
+    num_experts_per_tok: int = 10
+    moe_intermediate_size: int = 512
+    shared_expert_intermediate_size: int = 512
+    norm_topk_prob: bool = True
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 32_768
+    tie_word_embeddings: bool = False
+    rope: Rope = field(default_factory=Rope)
+    mtp_layers: int = 0
+    precision: Precision = field(default_factory=Precision)
+
+    @classmethod
+    def from_hf(cls, source: Mapping[str, Any] | str | Path) -> "Config":
+        """The config of a parsed config.json, of the file, or of the directory that holds one.
+
+        Raises ConfigError for another model type, for values that contradict each other, and for
+        keys that would change the mathematics in a way qnext does not compute.
+        """
+        values = source if isinstance(source, Mapping) else _read_json(Path(source))
+        _refuse_other_models(values)
+        names = [n for n in cls.__dataclass_fields__ if n in values and values[n] is not None]
+        given: dict[str, Any] = {name: values[name] for name in names}
+        given.pop("rope", None)
+        given.pop("precision", None)
+        layers = int(given.get("num_hidden_layers", cls.num_hidden_layers))
+        given["layer_types"] = _layer_types(values, layers)
+        given["mlp_only_layers"] = tuple(given.get("mlp_only_layers", ()))
+        given["mtp_layers"] = int(values.get("mtp_num_hidden_layers") or 0)
+        given["rope"] = Rope.from_hf(values)
+        config = cls(**given)
+        _check(config)
+        return config
+
+    def to_hf(self) -> dict[str, Any]:
+        """A config.json that transformers and `from_hf` read back to the same architecture."""
+        values = asdict(self)
+        del values["rope"], values["precision"], values["mtp_layers"]
+        values |= {
+            "architectures": ["Qwen3NextForCausalLM"],
+            "model_type": "qwen3_next",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "layer_types": list(self.layer_types),
+            "mlp_only_layers": list(self.mlp_only_layers),
+            "rope_parameters": self.rope.to_hf(),
+            "dtype": str(self.precision.compute).removeprefix("torch."),
+        }
+        return values | ({"mtp_num_hidden_layers": self.mtp_layers} if self.mtp_layers else {})
+
+    def with_precision(self, **dtypes: torch.dtype) -> "Config":
+        """The same architecture computed with other dtypes."""
+        return replace(self, precision=self.precision._replace(**dtypes))
+
+    @property
+    def is_moe(self) -> tuple[bool, ...]:
+        """For each layer, whether its feed-forward part is a mixture of experts."""
+        step = self.decoder_sparse_step
+        return tuple(
+            i not in self.mlp_only_layers and self.num_experts > 0 and (i + 1) % step == 0
+            for i in range(self.num_hidden_layers)
+        )
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Sizes of the named axes that annotations speak of; docs/glossary.md tells the words."""
+        hq, hkv, hd = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        hk, hv = self.linear_num_key_heads, self.linear_num_value_heads
+        dk, dv = self.linear_key_head_dim, self.linear_value_head_dim
+        ffn, shared = self.moe_intermediate_size, self.shared_expert_intermediate_size
+        conv = 2 * hk * dk + hv * dv
+        return {
+            "d": self.hidden_size,
+            "two_d": 2 * self.hidden_size,
+            "vocab": self.vocab_size,
+            "hq": hq,
+            "hkv": hkv,
+            "hd": hd,
+            "q": hq * hd,
+            "qkvg": 2 * (hq + hkv) * hd,
+            "hk": hk,
+            "hv": hv,
+            "dk": dk,
+            "dv": dv,
+            "v": hv * dv,
+            "conv": conv,
+            "qkvz": conv + hv * dv,
+            "ba": 2 * hv,
+            "width": self.linear_conv_kernel_dim,
+            "dense": self.intermediate_size,
+            "dense_gate_up": 2 * self.intermediate_size,
+            "experts": self.num_experts,
+            "ffn": ffn,
+            "ffn_gate_up": 2 * ffn,
+            "shared": shared,
+            "shared_gate_up": 2 * shared,
+            "page": PAGE,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the architecture, the same for every precision; names a state's model."""
+        values = {k: v for k, v in asdict(self).items() if k != "precision"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+register_constant(Config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} is no checkpoint: it has no config.json. Give the directory that "
+            "holds config.json and the *.safetensors files."
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _refuse_other_models(values: Mapping[str, Any]) -> None:
+    kind = values.get("model_type", "qwen3_next")
+    if kind != "qwen3_next":
+        raise ConfigError(f'model_type is {kind!r}; qnext computes "qwen3_next"')
+    wanted = {"hidden_act": "silu", "attention_bias": False, "quantization_config": None}
+    for key, value in wanted.items():
+        if values.get(key, value) != value:
+            raise ConfigError(
+                f"{key} = {values[key]!r} is not supported: qnext computes {key} = {value!r}"
+            )
+
+
+def _layer_types(values: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    """`layer_types` as written, or every n-th layer full attention by `full_attention_interval`."""
+    if (given := values.get("layer_types")) is not None:
+        return tuple(given)
+    interval = values.get("full_attention_interval", 4)
+    if not isinstance(interval, int) or interval < 1:
+        raise ConfigError(f"full_attention_interval must be an integer >= 1, got {interval!r}")
+    return tuple(DELTA if (i + 1) % interval else ATTENTION for i in range(layers))
+
+
+def _check(c: Config) -> None:
+    """Raise one ConfigError that lists every contradiction."""
+    wrong: list[str] = []
+    for name in (
+        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "head_dim linear_num_key_heads linear_num_value_heads linear_key_head_dim "
+        "linear_value_head_dim linear_conv_kernel_dim decoder_sparse_step "
+        "max_position_embeddings"
+    ).split():
+        value = getattr(c, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            wrong.append(f"{name} must be an integer >= 1, got {value!r}")
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+    if len(c.layer_types) != c.num_hidden_layers:
+        wrong.append(
+            f"layer_types lists {len(c.layer_types)} layers, "
+            f"num_hidden_layers says {c.num_hidden_layers}"
+        )
+    if unknown := sorted({str(t) for t in c.layer_types} - {ATTENTION, DELTA}):
+        wrong.append(f'layer_types knows "{ATTENTION}" and "{DELTA}", got {unknown}')
+    if c.num_attention_heads % c.num_key_value_heads:
+        wrong.append("num_attention_heads must be a multiple of num_key_value_heads")
+    if c.linear_num_value_heads % c.linear_num_key_heads:
+        wrong.append("linear_num_value_heads must be a multiple of linear_num_key_heads")
+    if c.linear_conv_kernel_dim < 2:
+        wrong.append("linear_conv_kernel_dim must be >= 2")
+    if outside := [i for i in c.mlp_only_layers if not 0 <= i < c.num_hidden_layers]:
+        wrong.append(f"mlp_only_layers names layers that do not exist: {outside}")
+    if any(c.is_moe) and not 1 <= c.num_experts_per_tok <= c.num_experts:
+        wrong.append(
+            f"num_experts_per_tok = {c.num_experts_per_tok} must lie in 1..{c.num_experts}"
+        )
+    if not 0 < c.rope.partial <= 1:
+        wrong.append(f"partial_rotary_factor must lie in (0, 1], got {c.rope.partial}")
+    if wrong:
+        raise ConfigError("; ".join(wrong))

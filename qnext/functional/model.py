@@ -1,0 +1,93 @@
+"""Qwen3-Next as pure functions: params, state and tokens in; logits and a new state out.
+
+`forward`, `prefill` and `decode` are one computation with different `seq` and different logits.
+Rows are right-padded and `lengths` says how many tokens of each are real; padding changes nothing.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding, linear
+
+from qnext.functional import ops
+from qnext.functional.blocks import layer, locate
+from qnext.functional.checks import checked
+from qnext.functional.params import Params
+from qnext.functional.state import State
+from qnext.shapes import Shaped
+
+
+@checked(least=0)
+def forward(
+    params: Shaped[Params],
+    state: Shaped[State],
+    tokens: Int[Tensor, "batch seq"],
+    lengths: Int[Tensor, " batch"],
+) -> tuple[Float[Tensor, "batch seq vocab"], Shaped[State]]:
+    """Consume `lengths` tokens of each row; logits [batch, seq, vocab] and the new state.
+
+    `lengths` [batch] may be left out (all of them) and may hold 0 (the row rests). Logits at
+    padded positions mean nothing. Raises InputError, or CapacityError before computing anything.
+    """
+    hidden, state = trunk(params, state, tokens, lengths)
+    return unembed(params, hidden), state
+
+
+@checked(least=1)
+def prefill(
+    params: Shaped[Params],
+    state: Shaped[State],
+    tokens: Int[Tensor, "batch seq"],
+    lengths: Int[Tensor, " batch"],
+) -> tuple[Float[Tensor, "batch vocab"], Shaped[State]]:
+    """Like `forward`, but logits [batch, vocab] of each row's last valid token only."""
+    hidden, state = trunk(params, state, tokens, lengths)
+    last = (lengths - 1).long()[:, None, None]
+    return unembed(params, hidden.take_along_dim(last, dim=1).squeeze(1)), state
+
+
+@checked(least=1)
+def decode(
+    params: Shaped[Params], state: Shaped[State], tokens: Int[Tensor, " batch"]
+) -> tuple[Float[Tensor, "batch vocab"], Shaped[State]]:
+    """Consume one token a row; logits [batch, vocab] of the token that follows."""
+    hidden, state = trunk(params, state, tokens[:, None], torch.ones_like(state.lengths))
+    return unembed(params, hidden.squeeze(1)), state
+
+
+def trunk(
+    params: Shaped[Params],
+    state: Shaped[State],
+    tokens: Int[Tensor, "batch seq"],
+    lengths: Int[Tensor, " batch"],
+) -> tuple[Float[Tensor, "batch seq d"], Shaped[State]]:
+    """The model without its head: hidden states [batch, seq, d] after the final norm."""
+    config = params.config
+    valid = within(lengths, tokens)
+    step = locate(config, state, state.lengths, valid)
+    x = embedding(tokens.where(valid, 0), params.embed)
+    layers = []
+    for layer_params, layer_state in zip(params.layers, state.layers, strict=True):
+        x, layer_state = layer(layer_params, layer_state, x, step, config)
+        layers.append(layer_state)
+    hidden = ops.rms_norm(x=x, weight=params.norm, eps=config.rms_norm_eps)
+    return hidden, state._replace(
+        lengths=step.context,
+        accepted=torch.zeros_like(state.accepted),
+        layers=tuple(layers),
+    )
+
+
+def unembed(
+    params: Shaped[Params], hidden: Float[Tensor, "*batch d"]
+) -> Float[Tensor, "*batch vocab"]:
+    """Logits of hidden states; the head is the embedding where the two are tied."""
+    weight = params.head[0].weight if params.head else params.embed
+    return linear(hidden, weight).to(params.config.precision.logits)
+
+
+def within(
+    lengths: Int[Tensor, " batch"], tokens: Int[Tensor, "batch seq"]
+) -> Bool[Tensor, "batch seq"]:
+    """Which positions of right-padded rows are real."""
+    return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]

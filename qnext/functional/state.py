@@ -1,0 +1,166 @@
+"""Everything a model remembers between calls, as one value.
+
+Keys and values live in pages, delta-net states in slots, convolution windows in rows: pools that
+many sequences share, found through the per-sequence tables. Row 0 of every pool is scratch:
+padding writes there and nobody reads it. A notebook's state has contiguous pages; a server's has
+them wherever they were free. The functions of the model cannot tell the difference.
+"""
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+
+from qnext.errors import InputError
+from qnext.functional.config import ATTENTION, PAGE, Config
+from qnext.shapes import LeafHint, allocate
+
+
+class KV(NamedTuple):
+    """Keys and values of one attention layer, in pages of 128 tokens; page 0 is scratch."""
+
+    key: Float[Tensor, "pages page hkv hd"]
+    value: Float[Tensor, "pages page hkv hd"]
+
+
+class Delta(NamedTuple):
+    """One delta-net layer: recurrent states, value-first, and the convolution's last inputs."""
+
+    recurrent: Float[Tensor, "slots hv dv dk"]
+    window: Float[Tensor, "rows window conv"]  # width - 1 + draft inputs
+
+
+LayerState: TypeAlias = KV | Delta
+
+
+class State(NamedTuple):
+    """What `batch` sequences have consumed so far. Values beyond `lengths` mean nothing."""
+
+    lengths: Int32[Tensor, " batch"]  # tokens consumed
+    capacity: Int32[Tensor, " batch"]  # tokens there is room for
+    block_table: Int32[Tensor, "batch max_pages"]  # page of each 128 positions
+    slots: Int32[Tensor, "batch drafts"]  # slots[:, 0] holds the present recurrent state
+    rows: Int32[Tensor, " batch"]  # row of the window pools
+    accepted: Int32[Tensor, " batch"]  # offset of the present window in its row
+    layers: tuple[LayerState, ...]
+    mtp_lengths: Int32[Tensor, " batch"]  # (hidden, next token) pairs the MTP modules consumed
+    mtp: tuple[KV, ...]  # the MTP modules' own keys and values; same pages, own pools
+
+    @property
+    def batch(self) -> int:
+        return self.lengths.shape[0]
+
+
+def init_state(
+    config: Config,
+    batch: int,
+    capacity: int,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    draft: int = 0,
+) -> State:
+    """The state of `batch` empty sequences with room for `capacity` tokens each.
+
+    `dtype` is that of keys, values and windows (default: the config's compute dtype); recurrent
+    states have the config's state dtype. `draft` is the number of tokens that may be drafted ahead
+    for speculation: it buys `draft` further slots a sequence. On device "meta" the result is specs.
+    """
+    for name, number, least in (
+        ("batch", batch, 1),
+        ("capacity", capacity, 1),
+        ("draft", draft, 0),
+    ):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise InputError(f"{name} must be an integer >= {least}, got {number!r}")
+    precision = config.precision
+    max_pages = -(-capacity // PAGE)
+    drafts = draft + 1
+    sizes = config.axes | {
+        "pages": 1 + batch * max_pages,
+        "slots": 1 + batch * drafts,
+        "rows": 1 + batch,
+        "window": config.linear_conv_kernel_dim - 1 + draft,
+    }
+
+    def zeros(shape: tuple[int, ...], hint: LeafHint) -> Tensor:
+        kind = precision.state if "slots" in hint.axes else dtype or precision.compute
+        return torch.zeros(shape, dtype=kind, device=device)
+
+    def counts(value: int) -> Tensor:
+        return torch.full((batch,), value, dtype=torch.int32, device=device)
+
+    return State(
+        lengths=counts(0),
+        capacity=counts(capacity),
+        block_table=_numbers((batch, max_pages), device),
+        slots=_numbers((batch, drafts), device),
+        rows=_numbers((batch,), device),
+        accepted=counts(0),
+        layers=tuple(
+            allocate(KV if kind == ATTENTION else Delta, sizes, zeros)
+            for kind in config.layer_types
+        ),
+        mtp_lengths=counts(0),
+        mtp=tuple(allocate(KV, sizes, zeros) for _ in range(config.mtp_layers)),
+    )
+
+
+def fork(state: State) -> State:
+    """A second future of the same past. Free: a state is a value and no function changes it.
+
+    It exists to be said aloud; keeping the variable does the same. Only donation (`jit(...,
+    donate=...)`) gives a state up, and then for both futures.
+    """
+    return state
+
+
+def select(state: State, rows: Tensor | list[int]) -> State:
+    """A state of its own for the given rows of the batch, in that order; rows may repeat.
+
+    Copies the pages, slots and windows of those rows into contiguous pools of the same capacity.
+    """
+    index = torch.as_tensor(rows, dtype=torch.int64, device=state.lengths.device)
+    if (
+        index.ndim != 1
+        or index.numel() == 0
+        or not 0 <= int(index.min()) <= int(index.max()) < state.batch
+    ):
+        raise InputError(
+            f"rows must list indices within 0..{state.batch - 1}, got {index.tolist()}"
+        )
+
+    def gather(pool: Tensor, table: Tensor) -> Tensor:
+        scratch = torch.zeros_like(pool[:1])
+        return torch.cat([scratch, pool[table[index].flatten().long()]])
+
+    def kv(pools: KV) -> KV:
+        return KV(*(gather(pool, state.block_table) for pool in pools))
+
+    def delta(pools: Delta) -> Delta:
+        return Delta(gather(pools.recurrent, state.slots), gather(pools.window, state.rows))
+
+    def renumber(table: Tensor) -> Tensor:
+        fresh = table[index]
+        return torch.arange(1, 1 + fresh.numel(), dtype=torch.int32, device=table.device).view_as(
+            fresh
+        )
+
+    return State(
+        lengths=state.lengths[index],
+        capacity=state.capacity[index],
+        block_table=renumber(state.block_table),
+        slots=renumber(state.slots),
+        rows=renumber(state.rows),
+        accepted=state.accepted[index],
+        layers=tuple(kv(s) if isinstance(s, KV) else delta(s) for s in state.layers),
+        mtp_lengths=state.mtp_lengths[index],
+        mtp=tuple(kv(s) for s in state.mtp),
+    )
+
+
+def _numbers(shape: tuple[int, ...], device: torch.device | str | None) -> Tensor:
+    """1, 2, ...: the pool rows of each sequence, 0 being scratch."""
+    count = torch.Size(shape).numel()
+    return torch.arange(1, 1 + count, dtype=torch.int32, device=device).view(shape)

@@ -1,0 +1,54 @@
+"""Trees of NamedTuples and tensors. The one file that imports torch's private modules."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+Tree = TypeVar("Tree")
+
+
+def register_constant(cls: type) -> None:
+    """Make instances of a frozen class a node without leaves: carried along, never traversed."""
+    pytree.register_constant(cls)
+
+
+def leaves(tree: object) -> list[Any]:
+    """The leaves of a tree, in order."""
+    return pytree.tree_leaves(tree)
+
+
+def leaves_with_paths(tree: object) -> list[tuple[str, Any]]:
+    """The leaves with their paths, written as in Python: `.layers[3].mixer.conv`."""
+    flat, _ = pytree.tree_flatten_with_path(tree)
+    return [(pytree.keystr(path), leaf) for path, leaf in flat]
+
+
+def map_leaves(function: Callable[..., Any], tree: Tree, *rest: object) -> Tree:
+    """The same tree with `function` applied to each leaf (and the like leaves of `rest`)."""
+    return pytree.tree_map(function, tree, *rest)
+
+
+def rebuild(tree: Tree, new_leaves: list[Any]) -> Tree:
+    """A tree of the same structure with other leaves."""
+    _, spec = pytree.tree_flatten(tree)
+    return pytree.tree_unflatten(new_leaves, spec)
+
+
+def nbytes(tree: object) -> int:
+    """Bytes of all tensors of a tree, shared storage counted once."""
+    sizes = {leaf.data_ptr(): leaf.nbytes for leaf in leaves(tree) if isinstance(leaf, Tensor)}
+    return sum(sizes.values())
+
+
+def is_fake(tensor: object) -> bool:
+    """Whether the tensor has a shape and a dtype but no values: a spec, or a trace's stand-in."""
+    return isinstance(tensor, Tensor) and (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def is_concrete(tensor: Tensor) -> bool:
+    """Whether the tensor's values may be read on the host now: neither fake nor being traced."""
+    return not is_fake(tensor) and get_proxy_mode() is None

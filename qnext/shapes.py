@@ -1,0 +1,122 @@
+"""Annotated trees: allocate them from their annotations, and check them against sizes or hints.
+
+A tree is a NamedTuple whose fields are tensors annotated as `Float[Tensor, "hv dv dk"]`, trees, or
+tuples of trees. The annotation is the only table of shapes: allocation, checkpoint loading and
+error texts all read it. This module stays outside the packages that the jaxtyping hook rewrites:
+inside them `holds` would get an axis scope of its own, and checks across arguments would pass
+unseen.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
+
+import torch
+from beartype.vale import Is
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class LeafHint(NamedTuple):
+    """What an annotation says of a tensor: its axes by name or size, and its dtype if fixed."""
+
+    axes: tuple[str, ...]
+    dtype: torch.dtype | None  # None: any floating dtype
+    label: str
+
+
+@cache
+def leaf_hint(hint: Any) -> LeafHint:
+    """Read a jaxtyping annotation such as `Float32[Tensor, "slots hv dv dk"]`."""
+    names = hint.dtypes
+    dtype = getattr(torch, names[0]) if len(names) == 1 else None
+    return LeafHint(tuple(hint.dim_str.split()), dtype, hint.__name__)
+
+
+@cache
+def _fields(cls: type) -> tuple[tuple[str, Any], ...]:
+    return tuple(cls.__annotations__.items())
+
+
+def is_leaf_hint(hint: object) -> bool:
+    return hasattr(hint, "dim_str")
+
+
+def allocate(
+    cls: type[T], sizes: Mapping[str, int], make: Callable[[tuple[int, ...], LeafHint], Tensor]
+) -> T:
+    """A tree of class `cls`, all of whose fields are tensors, each made by `make(shape, hint)`."""
+    tensors = []
+    for _, annotation in _fields(cls):
+        hint = leaf_hint(annotation)
+        tensors.append(make(tuple(_size(axis, sizes) for axis in hint.axes), hint))
+    return cls(*tensors)
+
+
+def _size(axis: str, sizes: Mapping[str, int]) -> int:
+    return int(axis) if axis.isdigit() else sizes[axis]
+
+
+def annotated_leaves(tree: Any, path: str) -> Iterator[tuple[str, Tensor, LeafHint]]:
+    """Each tensor field of a tree with its path and its annotation."""
+    if not hasattr(tree, "_fields"):
+        for i, part in enumerate(tree):
+            yield from annotated_leaves(part, f"{path}[{i}]")
+        return
+    for (name, hint), value in zip(_fields(type(tree)), tree, strict=True):
+        if is_leaf_hint(hint):
+            yield f"{path}.{name}", value, leaf_hint(hint)
+        elif isinstance(value, tuple):
+            yield from annotated_leaves(value, f"{path}.{name}")
+
+
+def mismatches(tree: Any, sizes: Mapping[str, int], path: str) -> list[str]:
+    """What does not fit the annotations, a line each; unknown axes must agree with each other.
+
+    `sizes` gives the model's axes; an axis it does not name is bound by the first tensor that has
+    it. An axis is written with its size in the message, `hv=4`.
+    """
+    bound = dict(sizes)
+    wrong = []
+    for where, leaf, hint in annotated_leaves(tree, path):
+        if not isinstance(leaf, Tensor):
+            wrong.append(f"{where} must be a tensor, got {type(leaf).__name__}")
+            continue
+        if hint.dtype is not None and leaf.dtype != hint.dtype:
+            wrong.append(f"{where} must be {hint.dtype}, got {leaf.dtype}")
+        elif not (hint.dtype or leaf.is_floating_point()):
+            wrong.append(f"{where} must be floating point, got {leaf.dtype}")
+        shape = tuple(leaf.shape)
+        fits = len(shape) == len(hint.axes) and all(
+            (int(axis) if axis.isdigit() else bound.setdefault(axis, size)) == size
+            for axis, size in zip(hint.axes, shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join(f"{a}={bound[a]}" if a in bound else a for a in hint.axes)
+            wrong.append(f"{where} must be [{wanted}], got {list(shape)}")
+    return wrong
+
+
+def holds(tree: Any) -> bool:
+    """Whether every tensor of a tree fits its annotation, in the caller's axis scope."""
+    if not hasattr(tree, "_fields"):
+        return not isinstance(tree, tuple) or all(map(holds, tree))
+    for (_, hint), value in zip(_fields(type(tree)), tree, strict=True):
+        if is_leaf_hint(hint):
+            if not isinstance(value, hint):
+                return False
+        elif isinstance(value, tuple) and not holds(value):
+            return False
+    return True
+
+
+if TYPE_CHECKING:
+    Shaped = Annotated[T, "shapes checked"]
+else:
+
+    class Shaped:
+        """`Shaped[State]`: a State whose tensors fit their annotations, checked by beartype."""
+
+        def __class_getitem__(cls, tree):
+            return Annotated[tree, Is[holds]]
