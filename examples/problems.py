@@ -91,7 +91,8 @@ def draw(spec: str, rng: random.Random) -> dict[str, int]:
             low, high = rule.split("..")
             numbers[name] = rng.randint(int(low), int(high))
         elif operation := re.fullmatch(r"(\w+)([-+*/])(\w+)", rule):
-            numbers[name] = evaluate(*operation.groups(), numbers)
+            left, operator, right = operation.groups()
+            numbers[name] = evaluate(left, operator, right, numbers)
         else:
             numbers[name] = int(rng.choice(rule.split("|")))
     return numbers
@@ -113,7 +114,7 @@ def with_aside(question: str, rng: random.Random) -> str:
     """Adds a fact beside the point, first or just before what is asked."""
     asides = GENERAL_ASIDES + (PERSON_ASIDES if "{A}" in question else ())
     # 8 chairs in the room are beside the point only where no other chairs are counted.
-    units = {aside: re.search(r"\{d\}\W*(\w*)", aside)[1] for aside in asides}
+    units = {aside: unit for aside in asides for unit in re.findall(r"\{d\}\W*(\w*)", aside)}
     aside = rng.choice([a for a, unit in units.items() if not unit or unit not in question])
     *facts, asked = re.split(r"(?<=\.) ", question)
     at = rng.choice((0, len(facts)))

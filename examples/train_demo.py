@@ -24,9 +24,10 @@ from examples.demo_data import Batch, batch, train_tokenizer, write_tokenizer
 from qnext.functional.model import trunk, unembed
 from qnext.functional.tree import leaves, leaves_with_paths, map_leaves, rebuild
 
+VOCABULARY = 1024
 ARCHITECTURE = {
     "model_type": "qwen3_next",
-    "vocab_size": 1024,
+    "vocab_size": VOCABULARY,
     "hidden_size": 160,
     "num_hidden_layers": 6,
     "full_attention_interval": 3,
@@ -67,8 +68,13 @@ def weighted(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
 
 
 def rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate: linear up, then linear down to zero."""
-    return min((step + 1) / WARMUP, (steps - step) / max(steps - WARMUP, 1))
+    """Share of the peak learning rate: up, then a slow fall over the first half, then to zero.
+
+    All three parts are linear; the first fall aims at zero half a run after the end.
+    """
+    half, aim = steps / 2, 1.5 * steps
+    fall = (aim - min(step, half)) / max(aim - WARMUP, 1)
+    return min((step + 1) / WARMUP, fall) * min((steps - step) / half, 1)
 
 
 def optimizer(params: qn.Params, peak: float) -> torch.optim.AdamW:
@@ -187,8 +193,8 @@ def export(params: qn.Params, tokenizer: Tokenizer, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="where to keep the run")
-    parser.add_argument("--out", type=Path, default=Path("qnext/demo/model"), help="checkpoint")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--out", type=Path, default=Path("qnext/embedded/model"), help="checkpoint")
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--rows", type=int, default=8, help="documents a step")
     parser.add_argument("--length", type=int, default=640, help="tokens a document")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
@@ -200,7 +206,7 @@ def main() -> None:
     args.run.mkdir(parents=True, exist_ok=True)
     words = args.run / "tokenizer.json"
     if not words.exists():
-        train_tokenizer(ARCHITECTURE["vocab_size"], args.seed).save(str(words))
+        train_tokenizer(VOCABULARY, args.seed).save(str(words))
     tokenizer = Tokenizer.from_file(str(words))
     params = train(args, tokenizer)
     export(params, tokenizer, args.out)

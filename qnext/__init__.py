@@ -1,5 +1,9 @@
 """Qwen3-Next as pure functions of (params, state, tokens)."""
 
+from importlib.metadata import version as _version
+
+from qnext.embedded import demo as demo
+from qnext.embedded import tokenizer as tokenizer
 from qnext.errors import CapacityError as CapacityError
 from qnext.errors import CheckpointError as CheckpointError
 from qnext.errors import ConfigError as ConfigError
@@ -19,9 +23,12 @@ from qnext.functional.model import prefill as prefill
 from qnext.functional.mtp import mtp as mtp
 from qnext.functional.params import Params as Params
 from qnext.functional.params import init_params as init_params
+from qnext.functional.specs import specs as specs
 from qnext.functional.sampling import Sampling as Sampling
 from qnext.functional.sampling import sample as sample
 from qnext.functional.state import State as State
 from qnext.functional.state import fork as fork
 from qnext.functional.state import init_state as init_state
 from qnext.functional.state import select as select
+
+__version__ = _version("qnext")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from beartype.vale import Is
+from jaxtyping import Float64
 from torch import Tensor
 
 T = TypeVar("T")
@@ -25,6 +26,12 @@ class LeafHint(NamedTuple):
     dtype: torch.dtype | None  # None: any floating dtype
     label: str
 
+    def admits(self, dtype: torch.dtype) -> bool:
+        """Whether a leaf may have this dtype; for float32 float64 will do, as rounding needs it."""
+        if self.dtype is None:
+            return dtype.is_floating_point
+        return dtype == self.dtype or (self.dtype, dtype) == (torch.float32, torch.float64)
+
 
 @cache
 def leaf_hint(hint: Any) -> LeafHint:
@@ -35,8 +42,15 @@ def leaf_hint(hint: Any) -> LeafHint:
 
 
 @cache
-def _fields(cls: type) -> tuple[tuple[str, Any], ...]:
+def _fields(cls: Any) -> tuple[tuple[str, Any], ...]:
     return tuple(cls.__annotations__.items())
+
+
+@cache
+def _admitted(hint: Any) -> tuple[Any, ...]:
+    """The hint and its wider twin, for isinstance."""
+    wider = leaf_hint(hint).dtype == torch.float32
+    return (hint, Float64[Tensor, hint.dim_str]) if wider else (hint,)
 
 
 def is_leaf_hint(hint: object) -> bool:
@@ -44,7 +58,9 @@ def is_leaf_hint(hint: object) -> bool:
 
 
 def allocate(
-    cls: type[T], sizes: Mapping[str, int], make: Callable[[tuple[int, ...], LeafHint], Tensor]
+    cls: Callable[..., T],
+    sizes: Mapping[str, int],
+    make: Callable[[tuple[int, ...], LeafHint], Tensor],
 ) -> T:
     """A tree of class `cls`, all of whose fields are tensors, each made by `make(shape, hint)`."""
     tensors = []
@@ -64,7 +80,7 @@ def annotated_leaves(tree: Any, path: str) -> Iterator[tuple[str, Tensor, LeafHi
         for i, part in enumerate(tree):
             yield from annotated_leaves(part, f"{path}[{i}]")
         return
-    for (name, hint), value in zip(_fields(type(tree)), tree, strict=True):
+    for (name, hint), value in zip(_fields(tree.__class__), tree, strict=True):
         if is_leaf_hint(hint):
             yield f"{path}.{name}", value, leaf_hint(hint)
         elif isinstance(value, tuple):
@@ -83,10 +99,8 @@ def mismatches(tree: Any, sizes: Mapping[str, int], path: str) -> list[str]:
         if not isinstance(leaf, Tensor):
             wrong.append(f"{where} must be a tensor, got {type(leaf).__name__}")
             continue
-        if hint.dtype is not None and leaf.dtype != hint.dtype:
-            wrong.append(f"{where} must be {hint.dtype}, got {leaf.dtype}")
-        elif not (hint.dtype or leaf.is_floating_point()):
-            wrong.append(f"{where} must be floating point, got {leaf.dtype}")
+        if not hint.admits(leaf.dtype):
+            wrong.append(f"{where} must be {hint.dtype or 'floating point'}, got {leaf.dtype}")
         shape = tuple(leaf.shape)
         fits = len(shape) == len(hint.axes) and all(
             (int(axis) if axis.isdigit() else bound.setdefault(axis, size)) == size
@@ -102,9 +116,9 @@ def holds(tree: Any) -> bool:
     """Whether every tensor of a tree fits its annotation, in the caller's axis scope."""
     if not hasattr(tree, "_fields"):
         return not isinstance(tree, tuple) or all(map(holds, tree))
-    for (_, hint), value in zip(_fields(type(tree)), tree, strict=True):
+    for (_, hint), value in zip(_fields(tree.__class__), tree, strict=True):
         if is_leaf_hint(hint):
-            if not isinstance(value, hint):
+            if not isinstance(value, _admitted(hint)):
                 return False
         elif isinstance(value, tuple) and not holds(value):
             return False

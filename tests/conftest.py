@@ -10,6 +10,8 @@ import torch
 import qnext as qn
 from tests.samples import oracle
 
+torch.set_num_threads(1)  # tiny models: threads cost more than they give
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

@@ -5,7 +5,8 @@ ever has its final name.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from qnext.errors import CheckpointError
-from qnext.functional.checks import state_mismatches
+from qnext.errors import CheckpointError, InputError
+from qnext.functional.checks import check_trees, state_mismatches, table_mismatches
 from qnext.functional.config import Config
 from qnext.functional.layout import Entry, Piece, layout
 from qnext.functional.params import Params, empty_params
@@ -30,7 +31,8 @@ FLOATS = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
-MAPPED_AT_ONCE = 64 << 20  # bytes of a shard touched before it is unmapped again
+MAPPED_AT_ONCE = 32 << 20  # bytes of a shard touched before it is unmapped again
+READ_AT_ONCE = 8 << 20  # bytes of a tensor read together
 STATE_FORMAT = "qnext-state-1"
 
 
@@ -58,6 +60,10 @@ def load(
     Raises ConfigError for the config, CheckpointError listing everything else that is wrong.
     """
     path = Path(path)
+    if dtype is not None and dtype not in FLOATS.values():
+        raise InputError(f"dtype must be one of {[*FLOATS.values()]}, got {dtype}")
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; give the directory that holds it")
     config = Config.from_hf(path)
     stored, wrong = _inventory(path)
     if any(name.startswith("mtp.") for name in stored):
@@ -79,14 +85,10 @@ def load(
     hidden = None if progress is None else not progress
     with tqdm(total=total, unit="B", unit_scale=True, desc="load", disable=hidden) as bar:
         for leaf_path, pieces in chosen:
-            _fill(targets[leaf_path], pieces, stored)
-            if check_finite and not bool(targets[leaf_path].isfinite().all()):
-                not_finite.append(
-                    f"not finite: {leaf_path} ({', '.join(p.name for p in pieces[:2])})"
-                )
+            not_finite += _fill(targets[leaf_path], pieces, stored, check_finite)
             bar.update(targets[leaf_path].nbytes)
     if not_finite:
-        raise _refusal(path, not_finite)
+        raise _refusal(path, [f"not finite: {name}" for name in not_finite])
     return params
 
 
@@ -120,10 +122,10 @@ def _inventory(path: Path) -> tuple[dict[str, Stored], list[str]]:
             wrong.append(f"missing shard: {file.name}, named by {index.name}")
         except (SafetensorError, OSError) as error:
             wrong.append(f"corrupt or truncated shard: {file.name} ({error})")
-    if weight_map is not None and not wrong:
-        wrong += _index_differences(weight_map, stored, index.name)
     if wrong:  # tensor by tensor, everything in a lost shard would be missing: say the cause only
         raise _refusal(path, wrong)
+    if weight_map is not None:
+        wrong += _index_differences(weight_map, stored, index.name)
     return stored, wrong
 
 
@@ -142,7 +144,7 @@ def _index_differences(
 ) -> Iterator[str]:
     for name, file in sorted(weight_map.items()):
         if name not in stored or stored[name].file.name != file:
-            yield f"missing: {name}, which {index} says is in {file}"
+            yield f"wrong index entry: {name} is not in {file}, where {index} says it is"
     for name in sorted(set(stored) - set(weight_map)):
         yield f"missing index entry: {name} is in {stored[name].file.name} but not in {index}"
 
@@ -184,19 +186,28 @@ def _differences(
         yield f"unexpected: {name} {list(stored[name].shape)}"
 
 
-def _fill(leaf: Tensor, pieces: tuple[Piece, ...], stored: dict[str, Stored]) -> None:
-    """Copy pieces into a leaf, unmapping shards often: mapped pages count as memory in use."""
+def _fill(
+    leaf: Tensor, pieces: tuple[Piece, ...], stored: dict[str, Stored], check_finite: bool
+) -> list[str]:
+    """Copy pieces into a leaf; returns the names of those that had to be finite and are not.
+
+    Shards are unmapped often: mapped pages count as memory in use.
+    """
     file, touched, shard = None, 0, None
+    not_finite: dict[str, None] = {}
     for piece in pieces:
         have = stored[piece.name]
-        row_bytes = max(leaf.itemsize * leaf[0].numel(), 1)
-        step = max(MAPPED_AT_ONCE // row_bytes, 1) if piece.is_plain else have.shape[0]
+        row_bytes = max(leaf.itemsize * piece.target(leaf)[0].numel(), 1)
+        step = max(READ_AT_ONCE // row_bytes, 1) if piece.is_plain else have.shape[0]
         for first in range(0, have.shape[0], step):
             if shard is None or have.file != file or touched > MAPPED_AT_ONCE:
                 shard, file, touched = safe_open(have.file, framework="pt"), have.file, 0
             rows = shard.get_slice(piece.name)[first : first + step]
             piece.read_into(leaf, rows, first)
+            if check_finite and not bool(rows.to(leaf.dtype).isfinite().all()):
+                not_finite[piece.name] = None
             touched += rows.nbytes
+    return list(not_finite)
 
 
 def save(params: Params, path: str | Path, *, max_shard_bytes: int = 5 << 30) -> None:
@@ -221,50 +232,57 @@ def save(params: Params, path: str | Path, *, max_shard_bytes: int = 5 << 30) ->
     count = len(shards)
     names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     names = names if count > 1 else ["model.safetensors"]
-    weight_map = {}
-    for name, shard in zip(names, shards, strict=True):
-        tensors = {p.name: p.written_from(leaf).detach().contiguous().cpu() for leaf, p in shard}
-        _write_tensors(path / name, tensors, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
+    weight_map: dict[str, str] = {}
     index = path / "model.safetensors.index.json"
-    if count > 1:
-        total = sum(leaf.nbytes for leaf in targets.values())
-        _write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(path / "config.json", params.config.to_hf())
+    with _replacing() as new:
+        for name, shard in zip(names, shards, strict=True):
+            tensors = {p.name: p.written_from(t).detach().contiguous().cpu() for t, p in shard}
+            save_file(tensors, new(path / name), {"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, name)
+        if count > 1:
+            total = sum(leaf.nbytes for leaf in targets.values())
+            _write_json(new(index), {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(new(path / "config.json"), params.config.to_hf())
     for stale in {*path.glob("model*.safetensors"), index} - {path / n for n in names}:
         if not (stale == index and count > 1):
             stale.unlink(missing_ok=True)
 
 
-def _write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = file.with_name(f".{file.name}.partial")
+@contextmanager
+def _replacing() -> Iterator[Callable[[Path], Path]]:
+    """Write files to `new(file)`; all take their names, over older ones, once all are written."""
+    parts: dict[Path, Path] = {}
+
+    def new(file: Path) -> Path:
+        return parts.setdefault(file, file.with_name(f".{file.name}.partial"))
+
     try:
-        save_file(tensors, partial, metadata)
-        partial.replace(file)
+        yield new
+        for file, part in parts.items():
+            part.replace(file)
     finally:
-        partial.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 
 def _write_json(file: Path, value: Any) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def save_state(params: Params, state: State, path: str | Path) -> None:
-    """Write a state as one safetensors file, with its model's fingerprint and its position."""
-    if wrong := state_mismatches(params, state):
-        raise CheckpointError("the state is not one of this model:\n  " + "\n  ".join(wrong))
+    """Write a state as one safetensors file, with its model's fingerprint and its position.
+
+    Raises InputError where the state is not one of this model.
+    """
+    check_trees(params, state)
     metadata = {
         "format": STATE_FORMAT,
         "model": params.config.fingerprint,
         "position": json.dumps(state.lengths.tolist()),
     }
     tensors = {name: leaf.detach().contiguous().cpu() for name, leaf in leaves_with_paths(state)}
-    _write_tensors(Path(path), tensors, metadata)
+    with _replacing() as new:
+        save_file(tensors, new(Path(path)), metadata)
 
 
 def load_state(params: Params, path: str | Path, device: torch.device | str | None = None) -> State:
@@ -282,9 +300,9 @@ def load_state(params: Params, path: str | Path, device: torch.device | str | No
         raise CheckpointError(f"{path} is no state file: {error}") from error
     if metadata.get("format") != STATE_FORMAT:
         raise CheckpointError(f"{path} is no state file: save_state did not write it")
-    if metadata["model"] != params.config.fingerprint:
+    if metadata.get("model") != params.config.fingerprint:
         raise CheckpointError(
-            f"{path} is a state of another model: its config hash is {metadata['model']}, "
+            f"{path} is a state of another model: its config hash is {metadata.get('model')}, "
             f"this model's is {params.config.fingerprint}"
         )
     skeleton = init_state(params.config, 1, 1, device="meta")
@@ -292,6 +310,9 @@ def load_state(params: Params, path: str | Path, device: torch.device | str | No
     if set(names) != set(tensors):
         raise CheckpointError(f"{path} lacks or adds tensors: {sorted(set(names) ^ set(tensors))}")
     state = rebuild(skeleton, [tensors[name] for name in names])
-    if wrong := state_mismatches(params, state):
+    wrong = state_mismatches(params, state) or table_mismatches(state)
+    if not wrong and metadata.get("position") != json.dumps(state.lengths.tolist()):
+        wrong = [f"state.lengths is not the position {metadata.get('position')} in its header"]
+    if wrong:
         raise CheckpointError(f"{path} does not fit the model:\n  " + "\n  ".join(wrong))
     return state

@@ -1,10 +1,10 @@
 """What a call of the model must satisfy, checked before anything is computed.
 
 Shapes, dtypes and trees are always checked; values (token ids, lengths, capacity) only where they
-may be read: not on specs and not under a trace.
+may be read: not on specs and not under a trace. What is still to be checked is annotated `Any`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -12,11 +12,20 @@ import torch
 from torch import Tensor
 
 from qnext.errors import CapacityError, InputError
-from qnext.functional.config import ATTENTION
-from qnext.functional.params import Params
+from qnext.functional.config import ATTENTION, PAGE, Config
+from qnext.functional.params import (
+    AttentionParams,
+    DeltaNetParams,
+    DenseParams,
+    Head,
+    LayerParams,
+    MoeParams,
+    MtpParams,
+    Params,
+)
 from qnext.functional.state import KV, Delta, State
 from qnext.functional.tree import is_concrete
-from qnext.shapes import mismatches
+from qnext.shapes import annotated_leaves, mismatches
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -31,18 +40,15 @@ def checked(least: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         single = "lengths" not in function.__annotations__
 
         @wraps(function)
-        def call_single(params: Params, state: State, tokens: Tensor) -> Any:
+        def call_single(params: Any, state: Any, tokens: Any) -> Any:
             _check_tokens(tokens, ("batch",))
             check_call(params, state, tokens[:, None], None, least)
             return function(params, state, tokens)
 
         @wraps(function)
-        def call(
-            params: Params, state: State, tokens: Tensor, lengths: Tensor | None = None
-        ) -> Any:
-            return function(
-                params, state, tokens, check_call(params, state, tokens, lengths, least)
-            )
+        def call(params: Any, state: Any, tokens: Any, lengths: Any = None) -> Any:
+            lengths = check_call(params, state, tokens, lengths, least)
+            return function(params, state, tokens, lengths)
 
         return call_single if single else call
 
@@ -50,10 +56,10 @@ def checked(least: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def check_call(
-    params: Params,
-    state: State,
-    tokens: Tensor,
-    lengths: Tensor | None,
+    params: Any,
+    state: Any,
+    tokens: Any,
+    lengths: Any,
     least: int,
     past: Tensor | None = None,
     ahead: int = 0,
@@ -73,11 +79,11 @@ def check_call(
         )
     if seq == 0:
         raise InputError("empty prompt: tokens must have at least one column")
-    lengths = _check_lengths(lengths, tokens, least)
+    lengths = _check_lengths(lengths, tokens)
     if is_concrete(tokens) and is_concrete(lengths) and is_concrete(state.lengths):
         past = state.lengths if past is None else past
         _check_values(params, state, tokens, lengths, past, least, ahead)
-    return lengths
+    return lengths.to(torch.int32)
 
 
 def check_trees(params: object, state: object) -> None:
@@ -86,10 +92,7 @@ def check_trees(params: object, state: object) -> None:
         raise InputError(f"params must be a qnext Params (qn.load, qn.demo), got {_name(params)}")
     if not isinstance(state, State):
         raise InputError(f"state must be a qnext State (qn.init_state), got {_name(state)}")
-    wrong = mismatches(params, params.config.axes, "params")
-    if not wrong:
-        wrong = state_mismatches(params, state)
-    if wrong:
+    if wrong := params_mismatches(params) or state_mismatches(params, state):
         raise InputError(
             "params and state do not fit the model:\n  " + "\n  ".join(wrong) + "\n"
             "make the state with init_state(params.config, batch, capacity)"
@@ -98,31 +101,95 @@ def check_trees(params: object, state: object) -> None:
         _check_alive(state)
 
 
+def params_mismatches(params: Params) -> list[str]:
+    """What keeps params from being those of their own config, a line each."""
+    config = params.config
+    if not isinstance(config, Config):
+        return [f"params.config must be a Config, got {_name(config)}"]
+    wrong = _wrong_parts("params.layers", params.layers, [LayerParams] * config.num_hidden_layers)
+    wrong += _wrong_parts("params.head", params.head, [Head] * (not config.tie_word_embeddings))
+    wrong += _wrong_parts("params.mtp", params.mtp, [MtpParams] * config.mtp_layers)
+    if wrong:
+        return wrong
+    for i, (layer, kind, moe) in enumerate(
+        zip(params.layers, config.layer_types, config.is_moe, strict=True)
+    ):
+        mixer = AttentionParams if kind == ATTENTION else DeltaNetParams
+        wrong += _wrong_layer(f"params.layers[{i}]", layer, mixer, moe)
+    for i, module in enumerate(params.mtp):
+        moe = config.num_experts > 0
+        wrong += _wrong_layer(f"params.mtp[{i}].layer", module.layer, AttentionParams, moe)
+    return wrong or mismatches(params, config.axes, "params")
+
+
 def state_mismatches(params: Params, state: State) -> list[str]:
     """What keeps a state from being one of this model's, a line each."""
     config = params.config
-    kinds = {KV: "attention", Delta: "delta-net"}
-    wanted = [KV if kind == ATTENTION else Delta for kind in config.layer_types]
-    if len(state.layers) != len(wanted):
-        return [f"state.layers has {len(state.layers)} layers, the model has {len(wanted)}"]
-    wrong = [
-        f"state.layers[{i}] must be of {kinds[want]} kind, got {_name(have)}"
-        for i, (want, have) in enumerate(zip(wanted, state.layers, strict=True))
-        if not isinstance(have, want)
+    kinds = [KV if kind == ATTENTION else Delta for kind in config.layer_types]
+    wrong = _wrong_parts("state.layers", state.layers, kinds)
+    wrong += _wrong_parts("state.mtp", state.mtp, [KV] * config.mtp_layers)
+    slots = state.slots
+    drafts = slots.shape[-1] if isinstance(slots, Tensor) and slots.ndim else 1
+    sizes = config.axes | {"window": config.linear_conv_kernel_dim - 2 + drafts}
+    return wrong or mismatches(state, sizes, "state")
+
+
+def table_mismatches(state: State) -> list[str]:
+    """Counts and indices of a state that point outside its pools, a line each."""
+    axes: dict[str, int] = {}
+    for _, leaf, hint in annotated_leaves(state, "state"):
+        axes |= zip(hint.axes, leaf.shape, strict=True)
+    limits: dict[str, Tensor | int] = {
+        "capacity": axes["max_pages"] * PAGE,
+        "lengths": state.capacity,
+        "mtp_lengths": state.capacity,
+        "accepted": axes["drafts"] - 1,
+        "block_table": axes.get("pages", 1 << 31) - 1,
+        "slots": axes.get("slots", 1 << 31) - 1,
+        "rows": axes.get("rows", 1 << 31) - 1,
+    }
+    wrong = []
+    for name, limit in limits.items():
+        values = getattr(state, name)
+        if bool(((values < 0) | (values > limit)).any()):
+            most = limit if isinstance(limit, int) else "capacity"
+            wrong.append(f"state.{name} must lie in 0..{most}, got {values.tolist()}")
+    return wrong
+
+
+def _wrong_layer(path: str, layer: Any, mixer: type, moe: bool) -> list[str]:
+    """What keeps a layer's params from having this mixer and the right feed-forward part."""
+    if not isinstance(layer, LayerParams):
+        return [f"{path} must be LayerParams, got {_name(layer)}"]
+    ffn = MoeParams if moe else DenseParams
+    parts = (("mixer", layer.mixer, mixer), ("ffn", layer.ffn, ffn))
+    return [
+        f"{path}.{name} must be {kind.__name__}, got {_name(part)}"
+        for name, part, kind in parts
+        if not isinstance(part, kind)
     ]
-    if len(state.mtp) != config.mtp_layers:
-        wrong.append(f"state.mtp has {len(state.mtp)} modules, the model has {config.mtp_layers}")
-    return wrong or mismatches(state, config.axes, "state")
+
+
+def _wrong_parts(path: str, parts: Any, kinds: Sequence[type]) -> list[str]:
+    """What keeps `parts` from being a tuple of trees of these kinds."""
+    if not isinstance(parts, tuple):
+        return [f"{path} must be a tuple, got {_name(parts)}"]
+    if len(parts) != len(kinds):
+        return [f"{path} has {len(parts)} parts, the model has {len(kinds)}"]
+    return [
+        f"{path}[{i}] must be {kind.__name__}, got {_name(part)}"
+        for i, (part, kind) in enumerate(zip(parts, kinds, strict=True))
+        if not isinstance(part, kind)
+    ]
 
 
 def _check_alive(state: State) -> None:
-    for i, part in enumerate((*state.layers, *state.mtp)):
-        for name, pool in zip(part._fields, part, strict=True):
-            if pool.untyped_storage().nbytes() < pool.nbytes:
-                raise InputError(
-                    f"state.layers[{i}].{name} was donated and its memory reused. Use the state "
-                    "that the donating call returned, or jit(..., donate=()) to keep both."
-                )
+    for path, leaf, _ in annotated_leaves(state, "state"):
+        if leaf.nbytes and not leaf.untyped_storage().nbytes():
+            raise InputError(
+                f"{path} was donated and its memory reused. Use the state that the donating call "
+                "returned, or jit(..., donate=()) to keep both."
+            )
 
 
 def _check_tokens(tokens: object, axes: tuple[str, ...]) -> None:
@@ -137,7 +204,7 @@ def _check_tokens(tokens: object, axes: tuple[str, ...]) -> None:
         raise InputError(f"tokens must be [{', '.join(axes)}], got shape {list(tokens.shape)}")
 
 
-def _check_lengths(lengths: Tensor | None, tokens: Tensor, least: int) -> Tensor:
+def _check_lengths(lengths: Any, tokens: Tensor) -> Tensor:
     batch, seq = tokens.shape
     if lengths is None:
         return torch.full((batch,), seq, dtype=torch.int32, device=tokens.device)
@@ -148,7 +215,7 @@ def _check_lengths(lengths: Tensor | None, tokens: Tensor, least: int) -> Tensor
             f"lengths must be int32 or int64 [batch={batch}], "
             f"got {lengths.dtype} {list(lengths.shape)}"
         )
-    return lengths.to(torch.int32)
+    return lengths
 
 
 def _check_values(

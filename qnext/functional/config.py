@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -15,6 +16,14 @@ from qnext.functional.tree import register_constant
 
 ATTENTION, DELTA = "full_attention", "linear_attention"
 PAGE = 128  # tokens a page of keys and values; what the fused attention calls want
+MAY_BE_ZERO = {  # sizes of parts that a model may lack
+    "intermediate_size",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "mtp_layers",
+}
 
 
 class Precision(NamedTuple):
@@ -74,10 +83,11 @@ class Config:
         given: dict[str, Any] = {name: values[name] for name in names}
         given.pop("rope", None)
         given.pop("precision", None)
-        layers = int(given.get("num_hidden_layers", cls.num_hidden_layers))
+        given["mtp_layers"] = values.get("mtp_num_hidden_layers") or 0
+        _check_kinds(given)
+        layers = given.get("num_hidden_layers", cls.num_hidden_layers)
         given["layer_types"] = _layer_types(values, layers)
         given["mlp_only_layers"] = tuple(given.get("mlp_only_layers", ()))
-        given["mtp_layers"] = int(values.get("mtp_num_hidden_layers") or 0)
         given["rope"] = Rope.from_hf(values)
         config = cls(**given)
         _check(config)
@@ -191,25 +201,39 @@ def _layer_types(values: Mapping[str, Any], layers: int) -> tuple[str, ...]:
     if (given := values.get("layer_types")) is not None:
         return tuple(given)
     interval = values.get("full_attention_interval", 4)
-    if not isinstance(interval, int) or interval < 1:
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         raise ConfigError(f"full_attention_interval must be an integer >= 1, got {interval!r}")
     return tuple(DELTA if (i + 1) % interval else ATTENTION for i in range(layers))
+
+
+def _check_kinds(given: Mapping[str, Any]) -> None:
+    """Raise one ConfigError that lists every value of the wrong kind; the fields say the kinds."""
+    wrong: list[str] = []
+    for name, value in given.items():
+        kind = Config.__dataclass_fields__[name].type
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kind is int:
+            least = 0 if name in MAY_BE_ZERO else 1
+            rule = f"an integer >= {least}"
+            fits = number and isinstance(value, int) and value >= least
+        elif kind is float:
+            rule, fits = "a number > 0", number and 0 < value < math.inf
+        elif kind is bool:
+            rule, fits = "true or false", isinstance(value, bool)
+        else:
+            item = get_args(kind)[0]
+            rule = "a list of " + {str: "strings", int: "integers"}[item]
+            fits = isinstance(value, list | tuple) and all(type(v) is item for v in value)
+        if not fits:
+            name = "mtp_num_hidden_layers" if name == "mtp_layers" else name
+            wrong.append(f"{name} must be {rule}, got {value!r}")
+    if wrong:
+        raise ConfigError("; ".join(wrong))
 
 
 def _check(c: Config) -> None:
     """Raise one ConfigError that lists every contradiction."""
     wrong: list[str] = []
-    for name in (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
-        "head_dim linear_num_key_heads linear_num_value_heads linear_key_head_dim "
-        "linear_value_head_dim linear_conv_kernel_dim decoder_sparse_step "
-        "max_position_embeddings"
-    ).split():
-        value = getattr(c, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            wrong.append(f"{name} must be an integer >= 1, got {value!r}")
-    if wrong:
-        raise ConfigError("; ".join(wrong))
     if len(c.layer_types) != c.num_hidden_layers:
         wrong.append(
             f"layer_types lists {len(c.layer_types)} layers, "
@@ -229,7 +253,16 @@ def _check(c: Config) -> None:
         wrong.append(
             f"num_experts_per_tok = {c.num_experts_per_tok} must lie in 1..{c.num_experts}"
         )
-    if not 0 < c.rope.partial <= 1:
+    if any(c.is_moe) and not (c.moe_intermediate_size and c.shared_expert_intermediate_size):
+        wrong.append("moe_intermediate_size and shared_expert_intermediate_size must be >= 1")
+    if not all(c.is_moe) and not c.intermediate_size:
+        wrong.append("intermediate_size must be >= 1 where a layer has no experts")
+    if c.rope.partial > 1:
         wrong.append(f"partial_rotary_factor must lie in (0, 1], got {c.rope.partial}")
+    elif (channels := c.rope.rotated_channels(c.head_dim)) > c.head_dim:
+        wrong.append(
+            f"head_dim = {c.head_dim} must be even: partial_rotary_factor = {c.rope.partial} "
+            f"rotates {channels} channels"
+        )
     if wrong:
         raise ConfigError("; ".join(wrong))

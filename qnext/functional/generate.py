@@ -1,13 +1,14 @@
 """The reference loop: prefill, then draw and decode token by token."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from qnext.errors import InputError
-from qnext.functional.checks import check_call
+from qnext.functional.checks import check_call, check_trees
 from qnext.functional.model import decode, prefill, within
 from qnext.functional.params import Params
 from qnext.functional.sampling import Sampling, count_output, count_prompt, records, sample
@@ -37,11 +38,11 @@ def generate(
     row's state stays as it was. `step` replaces `decode`, say by a compiled one. Raises InputError,
     and CapacityError before anything is computed where prompt and new tokens do not fit.
     """
-    ends = [eos] if isinstance(eos, int) else list(eos or ())
-    ids = torch.tensor(ends, dtype=torch.int64, device=tokens.device) if ends else None
+    check_trees(params, state)
+    ends = _ends(eos, params.config.vocab_size)
 
     def stop(new: Tensor) -> Tensor:
-        return torch.zeros_like(new, dtype=torch.bool) if ids is None else torch.isin(new, ids)
+        return torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
 
     columns = []
     steps = stream(params, state, tokens, max_new_tokens, lengths, sampling, stop, draft, step)
@@ -50,6 +51,16 @@ def generate(
         state = after
     columns += [torch.full_like(columns[0], -1)] * (max_new_tokens - len(columns))
     return torch.stack(columns, dim=1), state
+
+
+def _ends(eos: Any, vocab: int) -> list[int]:
+    """`eos` as a list of token ids."""
+    ends = [eos] if isinstance(eos, int) else eos or ()
+    if not isinstance(ends, Sequence) or not all(type(e) is int and 0 <= e < vocab for e in ends):
+        raise InputError(
+            f"eos must be a token id, or a list of them, within 0..{vocab - 1}, got {eos!r}"
+        )
+    return list(ends)
 
 
 def stream(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qnext.errors import CheckpointError
 from qnext.functional.config import ATTENTION, Config
 
 
@@ -123,7 +124,9 @@ def layout(config: Config) -> Iterator[Entry]:
 def _mtp(path: str, config: Config, i: int) -> Iterator[Entry]:
     d = config.hidden_size
     if i:  # published checkpoints have one module; its joining part carries no index
-        raise ValueError("a checkpoint holds at most one MTP module")
+        raise CheckpointError(
+            f"a checkpoint holds at most one MTP module, this model has {config.mtp_layers}"
+        )
     yield _whole(f"{path}.embed_norm", "mtp.pre_fc_norm_embedding.weight", d)
     yield _whole(f"{path}.hidden_norm", "mtp.pre_fc_norm_hidden.weight", d)
     yield _whole(f"{path}.fc", "mtp.fc.weight", d, 2 * d)

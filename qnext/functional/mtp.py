@@ -44,9 +44,10 @@ def mtp(
             "load a checkpoint that has mtp.* tensors"
         )
     lengths = check_call(params, state, tokens, lengths, least=0, past=state.mtp_lengths)
-    if tuple(hidden.shape) != (*tokens.shape, params.config.hidden_size):
-        wanted = [*tokens.shape, params.config.hidden_size]
-        raise InputError(f"hidden must be {wanted} to go with tokens, got {list(hidden.shape)}")
+    wanted = [*tokens.shape, params.config.hidden_size]
+    if not isinstance(hidden, Tensor) or list(hidden.shape) != wanted:
+        got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise InputError(f"hidden must be a tensor {wanted} to go with tokens, got {got}")
     hidden, state = _module(params, state, hidden, tokens, lengths, module)
     return unembed(params, hidden), hidden, state
 

@@ -5,6 +5,7 @@ Projections that read the same input are one matrix each, their rows in whole bl
 strength b, decay a; `gate_up` = gate, up. Norm weights marked zero-centred scale by 1 + w.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -103,8 +104,8 @@ def empty_params(config: Config, device: torch.device | str | None = None) -> Pa
     def vector() -> Tensor:
         return make((axes["d"],), LeafHint(("d",), None, "norm"))
 
-    def layer(mixer: type[MixerParams], moe: bool) -> LayerParams:
-        ffn = MoeParams if moe else DenseParams
+    def layer(mixer: Callable[..., MixerParams], moe: bool) -> LayerParams:
+        ffn: Callable[..., FfnParams] = MoeParams if moe else DenseParams
         return LayerParams(
             vector(), allocate(mixer, axes, make), vector(), allocate(ffn, axes, make)
         )

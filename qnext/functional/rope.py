@@ -7,7 +7,7 @@ card recommends beyond 262,144 tokens. Only the first `partial` share of a head 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,12 @@ class Rope:
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> "Rope":
         """Read `rope_parameters` (transformers 5) or the flat keys and `rope_scaling` (4)."""
-        given = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+        given = {name: values.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+        for name in ("rope_scaling", "rope_parameters"):
+            part = values.get(name) or {}
+            if not isinstance(part, Mapping) or any(isinstance(v, Mapping) for v in part.values()):
+                raise ConfigError(f"{name} must be one object, for all layers, got {part!r}")
+            given |= part
         kind = given.get("rope_type", given.get("type", "default"))
         if kind not in ROPE_TYPES:
             raise ConfigError(
@@ -44,38 +49,35 @@ class Rope:
                 'Without scaling, write "rope_parameters": {"rope_type": "default", ...}.'
             )
         rope = cls(
-            theta=float(given.get("rope_theta", values.get("rope_theta", cls.theta))),
-            partial=float(
-                given.get("partial_rotary_factor", values.get("partial_rotary_factor", cls.partial))
-            ),
+            theta=_number(given, "rope_theta", cls.theta, above=1.0),
+            partial=_number(given, "partial_rotary_factor", cls.partial),
             kind=kind,
         )
         return rope if kind == "default" else rope.scaled(given, values)
 
     def scaled(self, given: Mapping[str, Any], values: Mapping[str, Any]) -> "Rope":
         """This rope with the parameters of a scaled kind, which must be there."""
-        longest = values.get("max_position_embeddings", 32_768)
-        original = given.get("original_max_position_embeddings", longest)
-        factor = given.get("factor")
-        if factor is None and self.kind == "yarn":
-            factor = longest / original
-        if factor is None or factor < 1:
+        longest = _number(values, "max_position_embeddings", 32_768.0)
+        original = _number(given, "original_max_position_embeddings", longest)
+        # as transformers does: the ratio where no factor is written, the outer key before the inner
+        original = _number(values, "original_max_position_embeddings", original)
+        yarn = self.kind == "yarn"
+        ratio = longest / original if yarn and original < longest else 0.0
+        factor = _number(given, "factor", ratio)
+        if factor < 1:
             raise ConfigError(
                 f'rope_type "{self.kind}" needs "factor" >= 1 in its rope parameters, '
-                f"got {factor!r}"
+                f"got {given.get('factor')!r}"
             )
-        warmth = given.get("attention_factor")
-        if warmth is None:
-            warmth = _yarn_warmth(factor, given) if self.kind == "yarn" else 1.0
-        return Rope(
-            theta=self.theta,
-            partial=self.partial,
-            kind=self.kind,
-            factor=float(factor),
+        if not yarn:
+            return replace(self, factor=factor)
+        return replace(
+            self,
+            factor=factor,
             original_positions=int(original),
-            attention_factor=float(warmth),
-            beta_fast=float(given.get("beta_fast") or 32),
-            beta_slow=float(given.get("beta_slow") or 1),
+            attention_factor=_number(given, "attention_factor", _yarn_warmth(factor, given)),
+            beta_fast=_number(given, "beta_fast", 32.0),
+            beta_slow=_number(given, "beta_slow", 1.0),
             truncate=bool(given.get("truncate", True)),
         )
 
@@ -126,15 +128,27 @@ class Rope:
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, channels - 1)
-        pair = torch.arange(channels // 2, dtype=torch.float32, device=device)
+        pair = torch.arange((channels + 1) // 2, dtype=torch.float32, device=device)
         return ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
+
+
+def _number(values: Mapping[str, Any], name: str, default: float, above: float = 0.0) -> float:
+    """A finite number above a bound, or the default where the key is absent or null."""
+    value = values.get(name)
+    if value is None:
+        return float(default)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not above < value < math.inf:
+        raise ConfigError(f"{name} must be a number > {above:g}, got {value!r}")
+    return float(value)
 
 
 def _yarn_warmth(factor: float, given: Mapping[str, Any]) -> float:
     """The factor on cos and sin that YaRN derives from the stretch, where none is written."""
 
     def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+        return 0.1 * weight * math.log(factor) + 1.0
 
-    both = given.get("mscale") and given.get("mscale_all_dim")
-    return mscale(given["mscale"]) / mscale(given["mscale_all_dim"]) if both else mscale(1.0)
+    names = ("mscale", "mscale_all_dim")
+    above, below = (_number(given, name, 0.0, above=-math.inf) for name in names)
+    return mscale(above) / mscale(below) if above and below else mscale(1.0)

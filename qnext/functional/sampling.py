@@ -5,9 +5,10 @@ hashed from (seed, position, token), so a request draws the same tokens whatever
 however it was chunked, and whether or not its tokens were guessed ahead.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float32, Int, Int32, Int64
@@ -16,6 +17,19 @@ from torch import Tensor
 from qnext.errors import InputError
 from qnext.functional import ops
 from qnext.shapes import Shaped
+
+
+NUMBER = (int, float)
+RULES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "temperature": (NUMBER, lambda t: 0 <= t < math.inf, "a finite number >= 0"),
+    "top_k": (int, lambda k: k >= 0, "an integer >= 0 (0 is off)"),
+    "top_p": (NUMBER, lambda p: 0 < p <= 1, "a number in (0, 1]"),
+    "min_p": (NUMBER, lambda p: 0 <= p <= 1, "a number in [0, 1]"),
+    "seed": (int, lambda s: -(2**63) <= s < 2**63, "a 64-bit integer"),
+    "repetition_penalty": (NUMBER, lambda r: 0 < r < math.inf, "a finite number > 0"),
+    "presence_penalty": (NUMBER, lambda p: abs(p) < math.inf, "a finite number"),
+    "frequency_penalty": (NUMBER, lambda p: abs(p) < math.inf, "a finite number"),
+}
 
 
 @dataclass(frozen=True)
@@ -28,38 +42,20 @@ class Sampling:
     and frequency penalties are subtracted for generated tokens, once and per occurrence.
     """
 
-    temperature: float = 1.0
+    temperature: float | int = 1.0
     top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    top_p: float | int = 1.0
+    min_p: float | int = 0.0
     seed: int = 0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    repetition_penalty: float | int = 1.0
+    presence_penalty: float | int = 0.0
+    frequency_penalty: float | int = 0.0
 
     def __post_init__(self) -> None:
-        rules = {
-            "temperature": 0 <= self.temperature < float("inf"),
-            "top_k": self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "min_p": 0 <= self.min_p <= 1,
-            "seed": -(2**63) <= self.seed < 2**63,
-            "repetition_penalty": 0 < self.repetition_penalty < float("inf"),
-            "presence_penalty": abs(self.presence_penalty) < float("inf"),
-            "frequency_penalty": abs(self.frequency_penalty) < float("inf"),
-        }
-        for name, holds in rules.items():
-            if not holds:
-                limits = {
-                    "temperature": "finite and >= 0",
-                    "top_k": ">= 0 (0 is off)",
-                    "top_p": "in (0, 1]",
-                    "min_p": "in [0, 1]",
-                    "seed": "a 64-bit integer",
-                    "repetition_penalty": "finite and > 0",
-                }
-                rule = limits.get(name, "finite")
-                raise InputError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+        for name, (kinds, holds, rule) in RULES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not holds(value):
+                raise InputError(f"{name} must be {rule}, got {value!r}")
 
     @property
     def filters(self) -> bool:
@@ -94,9 +90,10 @@ class Counts(NamedTuple):
     output: Int32[Tensor, "batch vocab"]
 
 
-def records(sampling: Sampling | Sequence[Sampling], batch: int) -> tuple[Sampling, ...]:
-    """One record a row."""
-    each = (sampling,) * batch if isinstance(sampling, Sampling) else tuple(sampling)
+def records(sampling: Any, batch: int) -> tuple[Sampling, ...]:
+    """One record a row, from one for all or a sequence of them."""
+    each = (sampling,) * batch if isinstance(sampling, Sampling) else sampling
+    each = tuple(each) if isinstance(each, Sequence) else ()
     if len(each) != batch or not all(isinstance(s, Sampling) for s in each):
         raise InputError(
             f"sampling must be one Sampling or one for each of the {batch} rows, got {sampling!r}"
@@ -146,8 +143,13 @@ def sample(
         logits = restrict(logits, settings)
     if all(s.temperature == 0 for s in each):
         return logits.argmax(-1)
-    position = torch.as_tensor(position, device=logits.device).expand(batch)
-    return draw(logits, settings, position)
+    position = torch.as_tensor(position, device=logits.device)
+    if position.is_floating_point() or position.shape not in ((), (1,), (batch,)):
+        raise InputError(
+            f"position must be an integer or one for each of the {batch} rows, "
+            f"got {position.dtype} {list(position.shape)}"
+        )
+    return draw(logits, settings, position.expand(batch))
 
 
 def draw(
@@ -163,13 +165,15 @@ def restrict(
 ) -> Float32[Tensor, "batch vocab"]:
     """Logits with the tokens that top_k, top_p and min_p rule out at -inf; the likeliest stays."""
     heat = settings.temperature.where(settings.temperature > 0, 1)[:, None]
-    ordered, token = (logits / heat).sort(dim=-1, descending=True, stable=True)
+    ordered, token = logits.sort(dim=-1, descending=True, stable=True)
+    ordered = (ordered - ordered[:, :1]) / heat  # at most 0: no temperature overflows to inf
     rank = torch.arange(logits.shape[-1], device=logits.device)
     off = settings.top_k[:, None] == 0
     ordered = ordered.where(off | (rank < settings.top_k[:, None]), -torch.inf)
     share = ordered.softmax(-1)
-    before = share.cumsum(-1) - share
-    keep = (before < settings.top_p[:, None]) & (share >= settings.min_p[:, None] * share[:, :1])
+    before, top_p = share.cumsum(-1) - share, settings.top_p[:, None]
+    keep = (before < top_p) | (top_p >= 1)  # off is off: a rounded sum reaches 1 before the end
+    keep = keep & (share >= settings.min_p[:, None] * share[:, :1])
     keep = (keep & ordered.isfinite()) | (rank == 0)
     return logits.where(torch.zeros_like(keep).scatter(-1, token, keep), -torch.inf)
 

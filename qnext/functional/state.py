@@ -6,6 +6,7 @@ padding writes there and nobody reads it. A notebook's state has contiguous page
 them wherever they were free. The functions of the model cannot tell the difference.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -91,6 +92,9 @@ def init_state(
     def counts(value: int) -> Tensor:
         return torch.full((batch,), value, dtype=torch.int32, device=device)
 
+    kinds: list[Callable[..., LayerState]] = [
+        KV if kind == ATTENTION else Delta for kind in config.layer_types
+    ]
     return State(
         lengths=counts(0),
         capacity=counts(capacity),
@@ -98,10 +102,7 @@ def init_state(
         slots=_numbers((batch, drafts), device),
         rows=_numbers((batch,), device),
         accepted=counts(0),
-        layers=tuple(
-            allocate(KV if kind == ATTENTION else Delta, sizes, zeros)
-            for kind in config.layer_types
-        ),
+        layers=tuple(allocate(kind, sizes, zeros) for kind in kinds),
         mtp_lengths=counts(0),
         mtp=tuple(allocate(KV, sizes, zeros) for _ in range(config.mtp_layers)),
     )
@@ -121,15 +122,12 @@ def select(state: State, rows: Tensor | list[int]) -> State:
 
     Copies the pages, slots and windows of those rows into contiguous pools of the same capacity.
     """
-    index = torch.as_tensor(rows, dtype=torch.int64, device=state.lengths.device)
-    if (
-        index.ndim != 1
-        or index.numel() == 0
-        or not 0 <= int(index.min()) <= int(index.max()) < state.batch
+    chosen = rows.tolist() if isinstance(rows, Tensor) else rows
+    if not isinstance(chosen, list | tuple) or not chosen or not all(
+        type(row) is int and 0 <= row < state.batch for row in chosen
     ):
-        raise InputError(
-            f"rows must list indices within 0..{state.batch - 1}, got {index.tolist()}"
-        )
+        raise InputError(f"rows must list indices within 0..{state.batch - 1}, got {chosen}")
+    index = torch.tensor(chosen, device=state.lengths.device)
 
     def gather(pool: Tensor, table: Tensor) -> Tensor:
         scratch = torch.zeros_like(pool[:1])

@@ -15,10 +15,12 @@ from jinja2 import Template, TemplateError, TemplateSyntaxError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
+from qnext.errors import QnextError
+
 ROLES = ("system", "user", "assistant", "tool")
 
 
-class TokenizerError(ValueError):
+class TokenizerError(QnextError):
     """A tokenizer file, id, text or conversation breaks a rule; the message says which one."""
 
 

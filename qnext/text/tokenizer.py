@@ -269,23 +269,23 @@ def _eos_ids(
         stated = (read_json(path) or {}).get("eos_token_id")
         if stated is None:
             continue
-        ids = stated if isinstance(stated, list) else [stated]
-        for token in ids:
+        for token in stated if isinstance(stated, list) else [stated]:
             if type(token) is not int:
                 raise TokenizerError(
                     f'{path}: "eos_token_id" must be an int or a list of ints, not {stated!r}'
                 )
+            ids.append(token)
             if not _is_known(backend, token):
                 raise TokenizerError(
                     f'{path}: "eos_token_id" {token} is not in the vocabulary of tokenizer.json'
                 )
         break
     if eos_token is not None:
-        token = backend.token_to_id(eos_token)
-        if token is None:
+        named = backend.token_to_id(eos_token)
+        if named is None:
             raise TokenizerError(
                 f'{directory / "tokenizer_config.json"}: "eos_token" {eos_token!r} '
                 "is not in the vocabulary of tokenizer.json"
             )
-        ids = [*ids, token]
+        ids = [*ids, named]
     return tuple(dict.fromkeys(ids))

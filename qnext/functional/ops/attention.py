@@ -13,7 +13,7 @@ from qnext.functional.ops.tolerance import EXACT, SUMS, randn
 
 
 def _pools(g: torch.Generator) -> tuple[Tensor, Tensor]:
-    return randn(g, 7, 4, 2, 10), randn(g, 7, 4, 2, 10)
+    return randn(g, 7, 4, 6, 10), randn(g, 7, 4, 6, 10)
 
 
 def _write_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
@@ -21,8 +21,8 @@ def _write_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
     yield {
         "key_pool": key_pool,
         "value_pool": value_pool,
-        "key": randn(g, 3, 5, 2, 10),
-        "value": randn(g, 3, 5, 2, 10),
+        "key": randn(g, 3, 5, 6, 10),
+        "value": randn(g, 3, 5, 6, 10),
         "index": torch.randperm(24, generator=g)[:15].view(3, 5) + 4,
     }
 
@@ -60,7 +60,7 @@ def _attention_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
     table = torch.tensor([[3, 5], [1, 6], [2, 0]], dtype=torch.int32)
     starts = torch.tensor([[2], [0], [1]])
     yield {
-        "query": randn(g, 3, 5, 6, 10),
+        "query": randn(g, 3, 5, 12, 10),
         "key_pool": key_pool,
         "value_pool": value_pool,
         "block_table": table,

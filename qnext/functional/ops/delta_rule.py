@@ -16,6 +16,7 @@ import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.linalg import solve_triangular, vecdot
 from torch.nn.functional import pad, softplus
 
 from qnext.functional.ops.primitive import primitive
@@ -110,8 +111,9 @@ def delta_rule(
     normalised; value head h uses query and key head h // (hv / hk). Computes in float32 at least.
     """
     dtype = torch.promote_types(wide(value).dtype, state.dtype)
-    q, k, v, g, beta = (t.to(dtype) for t in (query * scale, key, value, g, beta))
-    start = state[slots[:, 0].long()].to(dtype)
+    q, k, v, g, beta = (t.to(dtype) for t in (query, key, value, g, beta))
+    q = q * scale
+    start = state.index_select(0, slots[:, 0]).to(dtype)
     each = slots.shape[1] > 1
     if each or value.shape[1] <= SCAN_UP_TO:
         out, after = delta_scan(q, k, v, g, beta, start)
@@ -133,14 +135,13 @@ def delta_scan(
 ) -> tuple[Float[Tensor, "batch seq hv dv"], Float[Tensor, "batch seq hv dv dk"]]:
     """The definition: returns the outputs and the state after every token."""
     group = v.shape[2] // k.shape[2]
-    q = repeat(q, "b t hk dk -> b t (hk group) dk 1", group=group)
-    k = repeat(k, "b t hk dk -> b t (hk group) dk 1", group=group)
+    q, k = (repeat(x, "b t hk dk -> b t (hk group) 1 dk", group=group) for x in (q, k))
     outputs, states = [], []
     for t in range(v.shape[1]):
         state = state * g[:, t, :, None, None].exp()
-        write = beta[:, t, :, None, None] * (v[:, t, ..., None] - state @ k[:, t])
-        state = state + write * k[:, t].mT
-        outputs.append((state @ q[:, t]).squeeze(-1))
+        write = beta[:, t, :, None] * (v[:, t] - vecdot(state, k[:, t]))
+        state = torch.addcmul(state, write[..., None], k[:, t])
+        outputs.append(vecdot(state, q[:, t]))
         states.append(state)
     return torch.stack(outputs, dim=1), torch.stack(states, dim=1)
 
@@ -180,7 +181,8 @@ def delta_chunked(
 
     system = (beta[..., None] * (k @ k.mT) * within).tril(-1)
     right = beta[..., None] * torch.cat([v, (k * since_start)], dim=-1)
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    # solved from the right, as LAPACK sees row-major memory transposed: no copies either way
+    solved = solve_triangular(system.mT, right.mT, upper=True, left=False, unitriangular=True).mT
     u, w = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
     scores = (q @ k.mT) * within
     q_decayed, k_decayed, kept = q * since_start, k * to_end, since_start[..., -1, :, None]
@@ -203,5 +205,5 @@ def decay_between(g: Float[Tensor, "*batch chunk"]) -> Float[Tensor, "*batch chu
     """
     size = g.shape[-1]
     below = torch.ones(size, size, dtype=torch.bool, device=g.device).tril(-1)
-    sums = (g[..., None] * below).cumsum(-2)
+    sums = g[..., None].where(below, 0).cumsum(-2)  # not times 0: g may be -inf
     return sums.exp() * below.logical_or(torch.eye(size, dtype=torch.bool, device=g.device))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qnext.functional.tree import is_fake
+from qnext.functional.tree import is_concrete, is_fake
 
 Axes = Mapping[str, int]
 
@@ -52,6 +52,7 @@ class Primitive:
 
 PRIMITIVES: dict[str, Primitive] = {}
 _LIBRARY = torch.library.Library("qnext", "FRAGMENT")
+_REAL = torch.zeros(())
 
 
 def primitive(
@@ -71,7 +72,8 @@ def primitive(
 
         def kernel(**arguments: Any) -> Any:
             faked = any(is_fake(value) for value in arguments.values())
-            return shapes(**arguments) if faked else reference(**arguments)
+            # a trace that opens primitives records what runs here: it must be the body
+            return shapes(**arguments) if faked and is_concrete(_REAL) else reference(**arguments)
 
         # CompositeImplicitAutograd keeps keyword-only tensors, gradients and one node a call
         _LIBRARY.impl(name, kernel, "CompositeImplicitAutograd")

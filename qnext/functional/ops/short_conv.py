@@ -53,7 +53,7 @@ def short_conv(
     wide_line = wide(line)
     y = torch.zeros((), dtype=wide_line.dtype, device=x.device)
     for tap in range(taps):  # in tap order: the order of the sum is part of the definition
-        y = y + wide_line[:, tap : tap + seq] * weight[:, tap].to(wide_line.dtype)
+        y = torch.addcmul(y, wide_line[:, tap : tap + seq], weight[:, tap].to(wide_line.dtype))
     y = torch.nn.functional.silu(y).to(x.dtype)
 
     keep = start[:, None].long() + torch.arange(window.shape[1], device=x.device)

@@ -1,0 +1,38 @@
+# Everything works on a fresh clone with Python >= 3.11 and make; the environment is made once.
+PYTHON ?= python3
+BIN = .venv/bin
+QUESTION = Mia has 12 apples. She buys 7 more and then gives 5 to Tom. How many apples does Mia have now?
+
+.PHONY: run test test-all lint demo clean
+
+run: .venv/base  ## ask the demo model a question
+	@$(BIN)/qnext generate --chat "$(QUESTION)"
+
+test: .venv/dev  ## the default suite, minutes
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: .venv/dev  ## the default suite and the slow proofs
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: .venv/dev  ## train the embedded demo model anew (docs/demo.md tells the hours)
+	$(BIN)/python -m examples.train_demo
+
+clean:
+	rm -rf .venv .cache build dist *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+.venv/base: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ .venv/base

@@ -1,0 +1,166 @@
+"""Eager prefill and decode beside transformers, on one checkpoint, in one process.
+
+    python -m benchmarks.eager [--rounds 5] [--prompt 512] [--new 32] [--json out.jsonl]
+
+Rounds alternate between the two, so that a noisy machine is noisy for both; medians are compared.
+The limit is read bandwidth (measured here) over the bytes a decoded token must read. The checkpoint
+(339 M random float32 parameters, an 80B layer's proportions ten times smaller) is made on first use.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import qnext as qn
+
+MID = {
+    "vocab_size": 32_768,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 256,
+    "rope_theta": 10_000_000.0,
+}
+Times = tuple[float, float]  # seconds: prefill, median decode step
+
+
+def checkpoint(path: Path) -> Path:
+    """The mid checkpoint, made if it is not there."""
+    if not (path / "config.json").exists():
+        qn.save(qn.init_params(qn.Config.from_hf(MID), seed=0), path)
+    return path
+
+
+def run_qnext(params: qn.Params, tokens: torch.Tensor, new: int) -> Times:
+    batch, seq = tokens.shape
+    state = qn.init_state(params.config, batch, seq + new)
+    with torch.no_grad():
+        began = time.perf_counter()
+        logits, state = qn.prefill(params, state, tokens)
+        prefill = time.perf_counter() - began
+        steps = []
+        for _ in range(new):
+            began = time.perf_counter()
+            logits, state = qn.decode(params, state, logits.argmax(-1))
+            steps.append(time.perf_counter() - began)
+    return prefill, statistics.median(steps)
+
+
+def run_transformers(model: Any, tokens: torch.Tensor, new: int) -> Times:
+    with torch.no_grad():
+        began = time.perf_counter()
+        out = model(tokens, use_cache=True, logits_to_keep=1)
+        prefill = time.perf_counter() - began
+        steps = []
+        for _ in range(new):
+            began = time.perf_counter()
+            following = out.logits[:, -1].argmax(-1, keepdim=True)
+            out = model(following, past_key_values=out.past_key_values, use_cache=True)
+            steps.append(time.perf_counter() - began)
+    return prefill, statistics.median(steps)
+
+
+def bandwidth() -> float:
+    """Bytes per second of reading 1 GiB, the best of five passes."""
+    block = torch.ones(1 << 28)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        block.sum()
+        seconds.append(time.perf_counter() - began)
+    return block.nbytes / min(seconds)
+
+
+def decode_bytes(params: qn.Params, batch: int) -> float:
+    """Least bytes a decode step of one row reads and writes; experts counted as if all differ."""
+    config = params.config
+    every = sum(leaf.nbytes for leaf in qn.functional.tree.leaves(params)) - params.embed.nbytes
+    experts = sum(
+        layer.ffn.gate_up.nbytes + layer.ffn.down.nbytes
+        for layer, moe in zip(params.layers, config.is_moe, strict=True)
+        if moe
+    )
+    hit = min(batch * config.num_experts_per_tok, config.num_experts) / config.num_experts
+    state = qn.init_state(config, 1, 1)
+    recurrent = sum(s.recurrent[0].nbytes for s in state.layers if hasattr(s, "recurrent"))
+    return every - experts + experts * hit + 2 * batch * recurrent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=Path(".cache/mid"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    path = checkpoint(args.checkpoint)
+    params = qn.load(path)
+    model = transformers.Qwen3NextForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(11)
+    tokens = torch.randint(0, MID["vocab_size"], (args.batch, args.prompt), generator=generator)
+    peers: dict[str, Callable[[], Times]] = {
+        "transformers": lambda: run_transformers(model, tokens, args.new),
+        "qnext": lambda: run_qnext(params, tokens, args.new),
+    }
+    times: dict[str, list[Times]] = {name: [] for name in peers}
+    for number in tqdm(range(args.rounds + 1), desc="rounds"):
+        for name, run in peers.items():
+            taken = run()
+            if number:  # the first round warms up
+                times[name].append(taken)
+    limit = decode_bytes(params, args.batch) / bandwidth()
+    row: dict[str, Any] = {
+        "benchmark": "eager",
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "batch": args.batch,
+        "prompt": args.prompt,
+        "rounds": args.rounds,
+    }
+    print(f"{'':14}{'prefill tok/s':>14}{'decode tok/s':>14}{'of the limit':>14}")
+    for name, taken in times.items():
+        prefill, decode = (statistics.median(part) for part in zip(*taken, strict=True))
+        row[name] = {
+            "prefill_tokens_per_second": args.batch * args.prompt / prefill,
+            "decode_tokens_per_second": args.batch / decode,
+            "decode_share_of_limit": limit / decode,
+        }
+        a, b, c = row[name].values()
+        print(f"{name:14}{a:14.1f}{b:14.2f}{c:14.0%}")
+    for what in ("prefill", "decode"):
+        key = f"{what}_tokens_per_second"
+        row[f"{what}_ratio"] = row["qnext"][key] / row["transformers"][key]
+    print(f"qnext / transformers: prefill {row['prefill_ratio']:.2f}, decode {row['decode_ratio']:.2f}")
+    if args.json:
+        with args.json.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The `qnext` command. Text goes to standard output, everything about it to standard error."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+import qnext as qn
+from qnext.embedded import MODEL, PROBLEMS
+from qnext.evaluate import evaluate, read_problems
+from qnext.text import Tokenizer
+from qnext.complete import Piece, complete
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
+
+EXAMPLES = """\
+examples:
+  qnext generate --chat "Mia has 12 apples and buys 7 more. How many apples does she have now?"
+  qnext generate --chat                                 talk to it; an empty line or Ctrl-D ends
+  qnext generate --prompt "Tom went to the market." --temperature 0.8 --seed 7
+  qnext generate path/to/checkpoint --prompt "Hello" --json | jq -r .text
+"""
+EVAL_EXAMPLES = """\
+examples:
+  qnext eval                                            the demo on its 200 unseen problems
+  qnext eval path/to/checkpoint --data gsm8k_test.jsonl --shots 5 --json result.json
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line: one subcommand a verb."""
+    top = argparse.ArgumentParser(
+        prog="qnext", description="Qwen3-Next as pure functions. Without MODEL, the demo is used."
+    )
+    top.add_argument("--version", action="version", version=f"qnext {qn.__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_generate(verbs)
+    _add_eval(verbs)
+    return top
+
+
+def _add_generate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    verb = verbs.add_parser(
+        "generate",
+        help="continue a prompt, or chat",
+        description="Continue a prompt, or chat. Streams text, then prints tokens per second.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_model(verb)
+    what = verb.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="TEXT", help="text to continue as it stands")
+    what.add_argument(
+        "--chat",
+        metavar="TEXT",
+        nargs="?",
+        const="",
+        help="a message for the chat template; without TEXT, a conversation on standard input",
+    )
+    verb.add_argument("--system", metavar="TEXT", help="system message for --chat")
+    verb.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    verb.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest (default)"
+    )
+    verb.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    verb.add_argument("--top-k", type=int, default=0, metavar="K")
+    verb.add_argument("--seed", type=int, default=0, help="same seed, same text")
+    verb.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
+    )
+    verb.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    verb.set_defaults(run=run_generate)
+
+
+def _add_eval(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    verb = verbs.add_parser(
+        "eval",
+        help="few-shot word problems (GSM8K)",
+        description="Few-shot accuracy on word problems in GSM8K's JSON lines, as the public "
+        "scripts measure it: the shots are the file's first lines, the answer is the last number.",
+        epilog=EVAL_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_model(verb)
+    verb.add_argument(
+        "--data", type=Path, default=PROBLEMS, metavar="FILE", help="default: the demo's problems"
+    )
+    verb.add_argument("--shots", type=int, default=5, metavar="K")
+    verb.add_argument("--limit", type=int, metavar="N", help="ask only the first N problems")
+    verb.add_argument("--batch", type=int, default=16, metavar="B", help="problems at a time")
+    verb.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write figures and all answers")
+    verb.set_defaults(run=run_eval)
+
+
+def _add_model(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="checkpoint directory")
+    verb.add_argument(
+        "--dtype", choices=DTYPES, help="compute in (default: as stored; the demo: float32)"
+    )
+
+
+def load(args: argparse.Namespace) -> tuple[qn.Params, Tokenizer]:
+    """Params and tokenizer of the command's model."""
+    dtype = DTYPES.get(args.dtype)
+    if args.model is None:
+        return qn.demo(dtype or torch.float32), qn.tokenizer()
+    return qn.load(args.model, dtype=dtype), qn.tokenizer(args.model)
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    sampling = qn.Sampling(args.temperature, args.top_k, args.top_p, seed=args.seed)
+    if args.prompt is None and args.chat is None and sys.stdin.isatty():
+        raise qn.InputError("nothing to continue: give --prompt TEXT, --chat TEXT or --chat")
+    params, tokenizer = load(args)
+    if args.chat is None:
+        prompt = sys.stdin.read() if args.prompt is None else args.prompt
+        _answer(params, tokenizer, tokenizer.encode(prompt), prompt, sampling, args)
+        return
+    history = [{"role": "system", "content": args.system}] if args.system else []
+    for message in [args.chat] if args.chat else _messages():
+        history.append({"role": "user", "content": message})
+        prompt = tokenizer.encode_chat(history)
+        text = _answer(params, tokenizer, prompt, message, sampling, args)
+        history.append({"role": "assistant", "content": text})
+
+
+def _messages() -> Iterator[str]:
+    """The user's lines, until an empty one or the end."""
+    terminal = sys.stdin.isatty()
+    while True:
+        if terminal:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
+
+
+def _answer(
+    params: qn.Params,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    said: str,
+    sampling: qn.Sampling,
+    args: argparse.Namespace,
+) -> str:
+    """Stream one continuation and report its figures; Ctrl-C keeps what was said so far."""
+    quiet = args.json
+    if not quiet and (args.prompt or args.chat):
+        print(said, file=sys.stderr, flush=True)
+    if not prompt:
+        raise qn.InputError("empty prompt: give --prompt or --chat at least one character")
+    began = time.monotonic()
+    first: float | None = None
+    text, last = "", Piece(0, "", 0, None)
+    try:
+        for last in complete(params, tokenizer, [prompt], args.max_new_tokens, sampling, args.stop):
+            first = time.monotonic() if first is None else first
+            text += last.text
+            if not quiet:
+                print(last.text, end="", flush=True)
+    finally:
+        if not quiet:
+            print(flush=True)
+        ended = time.monotonic()
+        figures = _figures(len(prompt), last, began, first or ended, ended)
+        if quiet:
+            print(json.dumps({"prompt": said, "text": text, **figures}), flush=True)
+        else:
+            print(
+                f"[{figures['prompt_tokens']} prompt tokens, first text after "
+                f"{figures['first_text_seconds']:.2f} s; {figures['tokens']} new tokens, "
+                f"{figures['tokens_per_second']:.1f} tokens/s; {figures['finish']}]",
+                file=sys.stderr,
+                flush=True,
+            )
+    return text
+
+
+def _figures(
+    prompt: int, last: Piece, began: float, first: float, ended: float
+) -> dict[str, int | float | str]:
+    return {
+        "prompt_tokens": prompt,
+        "tokens": last.tokens,
+        "finish": last.finish or "interrupted",
+        "first_text_seconds": round(first - began, 4),
+        "seconds": round(ended - began, 4),
+        "tokens_per_second": round(last.tokens / max(ended - began, 1e-9), 2),
+    }
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    problems = read_problems(args.data)
+    params, tokenizer = load(args)
+    report = evaluate(
+        params,
+        tokenizer,
+        problems,
+        shots=args.shots,
+        batch=args.batch,
+        max_new_tokens=args.max_new_tokens,
+        limit=args.limit,
+    )
+    print(f"accuracy           {report.accuracy:.3f}")
+    print(f"  beyond the shots {report.accuracy_beyond_shots:.3f}")
+    print(f"invalid            {report.invalid:.3f}")
+    print(f"latency            {report.seconds:.1f} s for {report.problems} problems")
+    print(f"output throughput  {report.output_tokens_per_second:.1f} tokens/s")
+    if args.json:
+        report.write(args.json)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status. Errors of use are one message, not a traceback."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader left, as `| head` does
+        sys.stderr.close()
+        return 0
+    except (qn.QnextError, OSError) as error:
+        print(f"qnext: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Text in, text out: prompts of token ids continued as streamed text, with stop strings."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qnext.errors import InputError
+from qnext.functional.generate import GREEDY, stream
+from qnext.functional.model import prefill
+from qnext.functional.params import Params
+from qnext.functional.sampling import Sampling
+from qnext.functional.state import State, init_state, select
+from qnext.text import Tokenizer
+
+
+class Piece(NamedTuple):
+    """Text that became certain in one row; `finish` is set on a row's last piece.
+
+    tokens: new tokens of the row so far. finish: "eos", "stop" or "length".
+    """
+
+    row: int
+    text: str
+    tokens: int
+    finish: str | None
+
+
+class _Row:
+    """One continuation: detokenises, watches for stop strings, holds back what might be one."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]) -> None:
+        self.decoder = tokenizer.stream(prompt)
+        self.ends, self.stops = tokenizer.eos_ids, stops
+        self.held, self.ready, self.tokens = "", "", 0
+        self.finish: str | None = None
+
+    def push(self, token: int) -> None:
+        self.tokens += 1
+        if token in self.ends:
+            self.end("eos")
+        else:
+            self._take(self.decoder.push(token))
+
+    def end(self, reason: str) -> None:
+        """Release what is held; a stop string may still hide in the last characters."""
+        self._take(self.decoder.finish())
+        if self.finish is None:
+            self.ready, self.held, self.finish = self.ready + self.held, "", reason
+
+    def _take(self, text: str) -> None:
+        self.held += text
+        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.ready, self.held, self.finish = self.ready + self.held[: min(found)], "", "stop"
+            return
+        keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
+        cut = len(self.held) - keep
+        self.ready, self.held = self.ready + self.held[:cut], self.held[cut:]
+
+    def release(self) -> str:
+        text, self.ready = self.ready, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def complete(
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
+    stops: Sequence[str] = (),
+) -> Iterator[Piece]:
+    """Continue prompts (token ids) as text, yielding pieces of any row as they become certain.
+
+    A row ends at an eos token, before the first occurrence of a string of `stops`, or after
+    `max_new_tokens`. What all prompts begin with is prefilled once. Raises InputError.
+    """
+    rows = [_Row(tokenizer, prompt, stops) for prompt in prompts]
+    state, tokens, lengths = shared_prefix(params, prompts, max_new_tokens)
+
+    def stop(new: Tensor) -> Tensor:
+        for row, token in zip(rows, new.tolist(), strict=True):
+            if row.finish is None:
+                row.push(token)
+        return torch.tensor([row.finish is not None for row in rows], device=new.device)
+
+    told = [False] * len(rows)
+    for step, _ in enumerate(
+        stream(params, state, tokens, max_new_tokens, lengths, sampling, stop), start=1
+    ):
+        for i, row in enumerate(rows):
+            if step == max_new_tokens and row.finish is None:
+                row.end("length")
+            text = row.release()
+            if not told[i] and (text or row.finish):
+                yield Piece(i, text, row.tokens, row.finish)
+            told[i] = row.finish is not None
+
+
+def shared_prefix(
+    params: Params, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> tuple[State, Tensor, Tensor]:
+    """(state, tokens, lengths): the state has consumed what all prompts share, once for all.
+
+    tokens [batch, seq] are what remains of each prompt, right-padded; at least one token each.
+    """
+    if not prompts or not all(prompts):
+        raise InputError("empty prompt: give at least one token")
+    longest = max(map(len, prompts))
+    least = min(map(len, prompts)) - 1
+    shared = next((i for i in range(least) if len({p[i] for p in prompts}) > 1), least)
+    batch, device = len(prompts), params.embed.device
+    shared = shared if batch > 1 else 0
+    rows = 1 if shared else batch
+    state = init_state(params.config, rows, longest + max_new_tokens, device=device)
+    if shared:
+        prefix = torch.tensor([list(prompts[0][:shared])], device=device)
+        with torch.no_grad():
+            _, state = prefill(params, state, prefix)
+        state = select(state, [0] * batch)
+    rest = [list(p[shared:]) for p in prompts]
+    lengths = torch.tensor([len(r) for r in rest], device=device)
+    width = int(lengths.max())
+    tokens = torch.tensor([r + [0] * (width - len(r)) for r in rest], device=device)
+    return state, tokens, lengths

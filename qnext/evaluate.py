@@ -1,0 +1,164 @@
+"""Few-shot word problems (GSM8K) as the public scripts run them.
+
+The shots are the file's first k lines; every line is then asked, the shots' own among them, as
+those scripts do. Greedy, stopped at `Question` or `Assistant:`; the answer is the last number of
+the text with commas removed. Protocol: github.com/sgl-project/sglang, few_shot_gsm8k.py.
+"""
+
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from qnext.errors import QnextError
+from qnext.functional.params import Params
+from qnext.functional.sampling import Sampling
+from qnext.text import Tokenizer
+from qnext.complete import complete
+
+STOPS = ("Question", "Assistant:")
+NUMBER = re.compile(r"\d+")
+
+
+class DataError(QnextError):
+    """A problem file that is not JSON lines of `question` and `answer`."""
+
+
+class Problem(NamedTuple):
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation measured. Rates are shares of all problems; seconds are wall-clock."""
+
+    accuracy: float
+    invalid: float  # no number in the text
+    accuracy_beyond_shots: float  # without the problems that were also shown as shots
+    problems: int
+    shots: int
+    seconds: float
+    output_tokens: int
+    output_tokens_per_second: float
+    results: tuple[dict[str, Any], ...]
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def read_problems(path: str | Path) -> list[Problem]:
+    """Problems of a JSON-lines file. Raises DataError naming the line."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    problems = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            problems.append(Problem(str(row["question"]), str(row["answer"])))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}, line {number}: want an object with question and answer ({error!r})"
+            ) from error
+    if not problems:
+        raise DataError(f"{path} holds no problems")
+    return problems
+
+
+def answer_of(text: str) -> int | None:
+    """The last number of a text, commas removed; None if there is none."""
+    numbers = NUMBER.findall(text.replace(",", ""))
+    return int(numbers[-1]) if numbers else None
+
+
+def asked(problem: Problem) -> str:
+    return f"Question: {problem.question}\nAnswer:"
+
+
+def shown(problem: Problem) -> str:
+    return f"{asked(problem)} {problem.answer}\n\n"
+
+
+def evaluate(
+    params: Params,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    *,
+    shots: int = 5,
+    batch: int = 16,
+    max_new_tokens: int = 512,
+    limit: int | None = None,
+    progress: bool | None = None,
+) -> Report:
+    """Ask the first `limit` problems (default: all), `batch` at a time, after `shots` examples.
+
+    Raises DataError where there are fewer problems than shots.
+    """
+    if not 0 <= shots <= len(problems):
+        raise DataError(f"{shots} shots need as many problems; the file has {len(problems)}")
+    prefix = "".join(map(shown, problems[:shots]))
+    chosen = problems[:limit]
+    began = time.monotonic()
+    results: list[dict[str, Any]] = []
+    hidden = None if progress is None else not progress
+    with tqdm(total=len(chosen), desc="eval", unit="problem", disable=hidden) as bar:
+        for first in range(0, len(chosen), batch):
+            group = chosen[first : first + batch]
+            prompts = [tokenizer.encode(prefix + asked(problem)) for problem in group]
+            for problem, (text, tokens) in zip(
+                group, _texts(params, tokenizer, prompts, max_new_tokens), strict=True
+            ):
+                results.append(_judged(problem, text, tokens))
+            bar.update(len(group))
+            bar.set_postfix(accuracy=f"{_share(results, 'right'):.3f}")
+    seconds = time.monotonic() - began
+    output = sum(row["tokens"] for row in results)
+    return Report(
+        accuracy=_share(results, "right"),
+        invalid=sum(row["got"] is None for row in results) / len(results),
+        accuracy_beyond_shots=_share(results[shots:], "right"),
+        problems=len(results),
+        shots=shots,
+        seconds=seconds,
+        output_tokens=output,
+        output_tokens_per_second=output / seconds,
+        results=tuple(results),
+    )
+
+
+def _texts(
+    params: Params, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int
+) -> Iterator[tuple[str, int]]:
+    """Each prompt's continuation and its number of tokens."""
+    texts, tokens = [""] * len(prompts), [0] * len(prompts)
+    greedy = Sampling(temperature=0.0)
+    for piece in complete(params, tokenizer, prompts, max_new_tokens, greedy, STOPS):
+        texts[piece.row] += piece.text
+        tokens[piece.row] = piece.tokens
+    return zip(texts, tokens, strict=True)
+
+
+def _judged(problem: Problem, text: str, tokens: int) -> dict[str, Any]:
+    want, got = answer_of(problem.answer), answer_of(text)
+    return {
+        "question": problem.question,
+        "text": text,
+        "want": want,
+        "got": got,
+        "right": got is not None and got == want,
+        "tokens": tokens,
+    }
+
+
+def _share(results: list[dict[str, Any]], key: str) -> float:
+    return sum(row[key] for row in results) / len(results) if results else 0.0

@@ -1,0 +1,116 @@
+"""Who may import whom (docs/design.md, Rooms), read from the source with `ast`."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2] / "qnext"
+CORE = {"torch", "einops", "jaxtyping", "qnext.errors", "qnext.shapes", "qnext.functional"}
+
+# room (longest prefix wins) -> what its modules may import besides the standard library
+ALLOWED: dict[str, set[str]] = {
+    "qnext.errors": set(),
+    "qnext.shapes": {"torch", "beartype"},
+    "qnext.functional": CORE,
+    "qnext.functional.checkpoint": CORE | {"safetensors", "tqdm"},
+    "qnext.text": {"tokenizers", "jinja2", "qnext.errors", "qnext.text"},
+    "qnext.embedded": {"torch", "qnext.functional", "qnext.text"},
+    "qnext.complete": {"torch", "qnext.errors", "qnext.functional", "qnext.text"},
+    "qnext.evaluate": {"tqdm", "qnext.errors", "qnext.functional", "qnext.text", "qnext.complete"},
+    "qnext.cli": {"torch", "qnext"},
+    "qnext": {"qnext"},
+}
+STANDARD = {
+    "qnext.functional": {"collections", "dataclasses", "functools", "inspect", "math", "typing"},
+    "qnext.functional.config": {"hashlib", "json", "pathlib"},
+    "qnext.functional.checkpoint": {"json", "pathlib"},
+}
+MODULES = sorted(ROOT.rglob("*.py"))
+LONGEST = 400
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, prefixes: set[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def room_of(name: str) -> str:
+    return max((room for room in ALLOWED if within(name, {room})), key=len)
+
+
+def forbidden(path: Path) -> list[str]:
+    """The imports of a module that its room does not allow."""
+    name = name_of(path)
+    allowed = ALLOWED[room_of(name)]
+    theirs = {"torch", "torch_npu", "einops", "jaxtyping", "beartype", "safetensors", "tqdm"}
+    theirs |= {"tokenizers", "jinja2", "transformers", "numpy", "qnext"}
+    pure = within(name, {"qnext.functional"})
+    standard = STANDARD["qnext.functional"] | STANDARD.get(name, set())
+    wrong = []
+    for imported in imports(path):
+        top = imported.partition(".")[0]
+        if top in theirs or pure:
+            good = within(imported, allowed) or (pure and top in standard)
+            wrong += [] if good else [f"{name} imports {imported}"]
+    return wrong
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_arrows_point_down(path: Path) -> None:
+    assert forbidden(path) == []
+
+
+def test_a_wrong_arrow_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = tmp_path / "qnext" / "functional"
+    room.mkdir(parents=True)
+    module = room / "wrong.py"
+    module.write_text("import os\nimport torch_npu\nfrom qnext.cli import main\nimport torch\n")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path / "qnext")
+    assert forbidden(module) == [
+        "qnext.functional.wrong imports os",
+        "qnext.functional.wrong imports torch_npu",
+        "qnext.functional.wrong imports qnext.cli.main",
+    ]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_modules_stay_readable(path: Path) -> None:
+    source = path.read_text()
+    assert source.count("\n") <= LONGEST
+    assert "from __future__ import annotations" not in source  # would switch shape checks off
+    assert "os.environ" not in source and "getenv" not in source
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if "functional" in p.parts], ids=name_of)
+def test_functional_knows_no_device(path: Path) -> None:
+    words = {
+        node.value
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert not words & {"cuda", "npu", "mps"}
+
+
+def test_private_torch_lives_in_one_file() -> None:
+    """Underscored torch modules may change with any release: one place to mend."""
+    users = {
+        name_of(path)
+        for path in MODULES
+        for imported in imports(path)
+        if imported.startswith("torch.") and "._" in imported
+    }
+    assert users == {"qnext.functional.tree"}
