@@ -3,8 +3,9 @@
     python -m benchmarks.eager [--rounds 5] [--prompt 512] [--new 32] [--json out.jsonl]
 
 Rounds alternate between the two, so that a noisy machine is noisy for both; medians are compared.
-The limit is read bandwidth (measured here) over the bytes a decoded token must read. The checkpoint
-(339 M random float32 parameters, an 80B layer's proportions ten times smaller) is made on first use.
+The limit is read bandwidth (measured here) over the bytes a decoded token must read. The
+checkpoint (339 M random float32 parameters, an 80B layer's proportions ten times smaller) is made
+on first use.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import transformers
 from tqdm import tqdm
 
 import qnext as qn
+from qnext.functional.tree import leaves
 
 MID = {
     "vocab_size": 32_768,
@@ -94,7 +96,7 @@ def bandwidth() -> float:
 def decode_bytes(params: qn.Params, batch: int) -> float:
     """Least bytes a decode step of one row reads and writes; experts counted as if all differ."""
     config = params.config
-    every = sum(leaf.nbytes for leaf in qn.functional.tree.leaves(params)) - params.embed.nbytes
+    every = sum(leaf.nbytes for leaf in leaves(params)) - params.embed.nbytes
     experts = sum(
         layer.ffn.gate_up.nbytes + layer.ffn.down.nbytes
         for layer, moe in zip(params.layers, config.is_moe, strict=True)
@@ -131,19 +133,32 @@ def main() -> None:
             taken = run()
             if number:  # the first round warms up
                 times[name].append(taken)
-    limit = decode_bytes(params, args.batch) / bandwidth()
+    row = summary(times, args, decode_bytes(params, args.batch) / bandwidth())
+    print(f"{'':14}{'prefill tok/s':>14}{'decode tok/s':>14}{'of the limit':>14}")
+    for name in peers:
+        prefill, decode, share = row[name].values()
+        print(f"{name:14}{prefill:14.1f}{decode:14.2f}{share:14.0%}")
+    ratios = f"prefill {row['prefill_ratio']:.2f}, decode {row['decode_ratio']:.2f}"
+    print(f"qnext / transformers: {ratios}")
+    if args.json:
+        with args.json.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+
+
+def summary(
+    times: dict[str, list[Times]], args: argparse.Namespace, limit: float
+) -> dict[str, Any]:
+    """Medians of all rounds, their ratios, and where they were measured."""
+    commit = ["git", "describe", "--always", "--dirty"]
     row: dict[str, Any] = {
         "benchmark": "eager",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "batch": args.batch,
         "prompt": args.prompt,
         "rounds": args.rounds,
     }
-    print(f"{'':14}{'prefill tok/s':>14}{'decode tok/s':>14}{'of the limit':>14}")
     for name, taken in times.items():
         prefill, decode = (statistics.median(part) for part in zip(*taken, strict=True))
         row[name] = {
@@ -151,15 +166,10 @@ def main() -> None:
             "decode_tokens_per_second": args.batch / decode,
             "decode_share_of_limit": limit / decode,
         }
-        a, b, c = row[name].values()
-        print(f"{name:14}{a:14.1f}{b:14.2f}{c:14.0%}")
     for what in ("prefill", "decode"):
         key = f"{what}_tokens_per_second"
         row[f"{what}_ratio"] = row["qnext"][key] / row["transformers"][key]
-    print(f"qnext / transformers: prefill {row['prefill_ratio']:.2f}, decode {row['decode_ratio']:.2f}")
-    if args.json:
-        with args.json.open("a") as lines:
-            lines.write(json.dumps(row) + "\n")
+    return row
 
 
 if __name__ == "__main__":

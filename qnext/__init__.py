@@ -23,9 +23,9 @@ from qnext.functional.model import prefill as prefill
 from qnext.functional.mtp import mtp as mtp
 from qnext.functional.params import Params as Params
 from qnext.functional.params import init_params as init_params
-from qnext.functional.specs import specs as specs
 from qnext.functional.sampling import Sampling as Sampling
 from qnext.functional.sampling import sample as sample
+from qnext.functional.specs import specs as specs
 from qnext.functional.state import State as State
 from qnext.functional.state import fork as fork
 from qnext.functional.state import init_state as init_state

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 import qnext as qn
-from qnext.embedded import MODEL, PROBLEMS
+from qnext.complete import Piece, complete
+from qnext.embedded import PROBLEMS
 from qnext.evaluate import evaluate, read_problems
 from qnext.text import Tokenizer
-from qnext.complete import Piece, complete
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
@@ -53,14 +53,14 @@ def _add_generate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model(verb)
-    what = verb.add_mutually_exclusive_group()
-    what.add_argument("--prompt", metavar="TEXT", help="text to continue as it stands")
-    what.add_argument(
+    verb.add_argument("--prompt", metavar="TEXT", help="text to continue as it stands")
+    verb.add_argument(
         "--chat",
         metavar="TEXT",
         nargs="?",
         const="",
-        help="a message for the chat template; without TEXT, a conversation on standard input",
+        help="a message for the chat template; without TEXT the message is that of --prompt, or "
+        "each line of standard input in turn",
     )
     verb.add_argument("--system", metavar="TEXT", help="system message for --chat")
     verb.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
@@ -117,13 +117,16 @@ def run_generate(args: argparse.Namespace) -> None:
     sampling = qn.Sampling(args.temperature, args.top_k, args.top_p, seed=args.seed)
     if args.prompt is None and args.chat is None and sys.stdin.isatty():
         raise qn.InputError("nothing to continue: give --prompt TEXT, --chat TEXT or --chat")
+    if args.prompt is not None and args.chat:
+        raise qn.InputError("two texts to answer: give --prompt TEXT or --chat TEXT")
     params, tokenizer = load(args)
     if args.chat is None:
         prompt = sys.stdin.read() if args.prompt is None else args.prompt
         _answer(params, tokenizer, tokenizer.encode(prompt), prompt, sampling, args)
         return
     history = [{"role": "system", "content": args.system}] if args.system else []
-    for message in [args.chat] if args.chat else _messages():
+    only = args.chat or args.prompt
+    for message in [only] if only else _messages():
         history.append({"role": "user", "content": message})
         prompt = tokenizer.encode_chat(history)
         text = _answer(params, tokenizer, prompt, message, sampling, args)

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from qnext.complete import complete
 from qnext.errors import QnextError
 from qnext.functional.params import Params
 from qnext.functional.sampling import Sampling
 from qnext.text import Tokenizer
-from qnext.complete import complete
 
 STOPS = ("Question", "Assistant:")
 NUMBER = re.compile(r"\d+")

@@ -227,7 +227,7 @@ for value in (1, -1, True):
     )
 
 for field, rule, values in (
-    ("temperature", "a finite number >= 0", (-0.5, torch.nan, torch.inf)),
+    ("temperature", "a float32 number >= 0", (-0.5, 1e300, torch.nan, torch.inf)),
     ("top_k", r"an integer >= 0 \(0 is off\)", (-1,)),
     ("top_p", r"a number in \(0, 1\]", (0.0, 1.01, -1.0, torch.nan)),
     ("min_p", r"a number in \[0, 1\]", (-0.1, 1.1, torch.nan)),

@@ -18,10 +18,10 @@ from qnext.errors import InputError
 from qnext.functional import ops
 from qnext.shapes import Shaped
 
-
 NUMBER = (int, float)
+GREATEST = torch.finfo(torch.float32).max
 RULES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
-    "temperature": (NUMBER, lambda t: 0 <= t < math.inf, "a finite number >= 0"),
+    "temperature": (NUMBER, lambda t: 0 <= t <= GREATEST, "a float32 number >= 0"),
     "top_k": (int, lambda k: k >= 0, "an integer >= 0 (0 is off)"),
     "top_p": (NUMBER, lambda p: 0 < p <= 1, "a number in (0, 1]"),
     "min_p": (NUMBER, lambda p: 0 <= p <= 1, "a number in [0, 1]"),

@@ -1,4 +1,4 @@
-"""Specs: trees of shapes and dtypes without values, to trace and lower a model that is not there."""
+"""Specs: trees of shapes and dtypes without values, to trace a model that is not there."""
 
 import torch
 from torch import Tensor

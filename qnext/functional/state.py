@@ -123,8 +123,10 @@ def select(state: State, rows: Tensor | list[int]) -> State:
     Copies the pages, slots and windows of those rows into contiguous pools of the same capacity.
     """
     chosen = rows.tolist() if isinstance(rows, Tensor) else rows
-    if not isinstance(chosen, list | tuple) or not chosen or not all(
-        type(row) is int and 0 <= row < state.batch for row in chosen
+    if (
+        not isinstance(chosen, list | tuple)
+        or not chosen
+        or not all(type(row) is int and 0 <= row < state.batch for row in chosen)
     ):
         raise InputError(f"rows must list indices within 0..{state.batch - 1}, got {chosen}")
     index = torch.tensor(chosen, device=state.lengths.device)

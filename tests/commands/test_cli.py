@@ -31,10 +31,14 @@ def test_generate_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert texts[0] == texts[1]  # same seed, same text
 
 
-def test_chat_with_one_message(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "--chat", "Who are you?", "--max-new-tokens", "6"]) == 0
+@pytest.mark.parametrize(
+    "words", [["--chat", "Who are you?"], ["--prompt", "Who are you?", "--chat"]]
+)
+def test_chat_with_one_message(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", *words, "--max-new-tokens", "6"]) == 0
     out, err = capsys.readouterr()
     assert out.strip() and "Who are you?" in err
+    assert "14 prompt tokens" in err  # with the template's own
 
 
 def test_chat_reads_messages_from_standard_input() -> None:
@@ -64,6 +68,7 @@ def test_eval_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         (["generate", "/nowhere", "--prompt", "x"], "no checkpoint"),
         (["generate", "--prompt", ""], "empty prompt"),
+        (["generate", "--prompt", "x", "--chat", "y"], "two texts"),
         (["generate", "--prompt", "x", "--temperature", "-1"], "temperature must be"),
         (["generate", "--prompt", "x", "--top-p", "0"], "top_p must be"),
         (["generate", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens"),

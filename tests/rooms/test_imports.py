@@ -12,7 +12,7 @@ CORE = {"torch", "einops", "jaxtyping", "qnext.errors", "qnext.shapes", "qnext.f
 # room (longest prefix wins) -> what its modules may import besides the standard library
 ALLOWED: dict[str, set[str]] = {
     "qnext.errors": set(),
-    "qnext.shapes": {"torch", "beartype"},
+    "qnext.shapes": {"torch", "beartype", "jaxtyping"},
     "qnext.functional": CORE,
     "qnext.functional.checkpoint": CORE | {"safetensors", "tqdm"},
     "qnext.text": {"tokenizers", "jinja2", "qnext.errors", "qnext.text"},
@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
 STANDARD = {
     "qnext.functional": {"collections", "dataclasses", "functools", "inspect", "math", "typing"},
     "qnext.functional.config": {"hashlib", "json", "pathlib"},
-    "qnext.functional.checkpoint": {"json", "pathlib"},
+    "qnext.functional.checkpoint": {"contextlib", "json", "pathlib"},
 }
 MODULES = sorted(ROOT.rglob("*.py"))
 LONGEST = 400
