@@ -45,8 +45,8 @@ class Batch(NamedTuple):
     weight: Tensor
 
 
-def train_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
-    """A byte-level BPE tokenizer learned from the corpus itself."""
+def train_tokenizer(vocab_size: int, seed: int, documents: int = 6000) -> Tokenizer:
+    """A byte-level BPE tokenizer learned from that many documents of the corpus."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -62,7 +62,7 @@ def train_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
         show_progress=False,
     )
     rng = random.Random(seed)
-    texts = ("".join(text for text, _ in document(rng)) for _ in range(6000))
+    texts = ("".join(text for text, _ in document(rng)) for _ in range(documents))
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 

@@ -24,7 +24,7 @@ from qnext.functional.params import (
     Params,
 )
 from qnext.functional.state import KV, Delta, State
-from qnext.functional.tree import is_concrete
+from qnext.functional.tree import has_memory, is_concrete
 from qnext.shapes import annotated_leaves, mismatches
 
 INTEGERS = (torch.int32, torch.int64)
@@ -185,7 +185,7 @@ def _wrong_parts(path: str, parts: Any, kinds: Sequence[type]) -> list[str]:
 
 def _check_alive(state: State) -> None:
     for path, leaf, _ in annotated_leaves(state, "state"):
-        if leaf.nbytes and not leaf.untyped_storage().nbytes():
+        if leaf.nbytes and not has_memory(leaf):
             raise InputError(
                 f"{path} was donated and its memory reused. Use the state that the donating call "
                 "returned, or jit(..., donate=()) to keep both."

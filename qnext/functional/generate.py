@@ -35,8 +35,9 @@ def generate(
 
     A row ends with the first token of `eos`, which is returned; -1 follows. The state has consumed
     the prompt and every returned token, so `generate(params, state, more)` continues; a finished
-    row's state stays as it was. `step` replaces `decode`, say by a compiled one. Raises InputError,
-    and CapacityError before anything is computed where prompt and new tokens do not fit.
+    row's state stays as it was. `step` replaces `decode`, say by a compiled one. Penalties count
+    the tokens of this call, not those that the state consumed before. Raises InputError, and
+    CapacityError before anything is computed where prompt and new tokens do not fit.
     """
     check_trees(params, state)
     ends = _ends(eos, params.config.vocab_size)
@@ -55,7 +56,7 @@ def generate(
 
 def _ends(eos: Any, vocab: int) -> list[int]:
     """`eos` as a list of token ids."""
-    ends = [eos] if isinstance(eos, int) else eos or ()
+    ends = [eos] if isinstance(eos, int) else () if eos is None else eos
     if not isinstance(ends, Sequence) or not all(type(e) is int and 0 <= e < vocab for e in ends):
         raise InputError(
             f"eos must be a token id, or a list of them, within 0..{vocab - 1}, got {eos!r}"

@@ -38,8 +38,8 @@ class Sampling:
 
     top_k 0, top_p 1, min_p 0 and the penalties 1, 0, 0 are off. Filters apply to
     softmax(logits / temperature), in the order top_k, top_p, min_p. The repetition penalty divides
-    positive and multiplies negative logits of all tokens seen so far (arXiv:1909.05858); presence
-    and frequency penalties are subtracted for generated tokens, once and per occurrence.
+    positive and multiplies negative logits of the tokens counted so far (arXiv:1909.05858);
+    presence and frequency penalties are subtracted for generated tokens, once and per occurrence.
     """
 
     temperature: float | int = 1.0

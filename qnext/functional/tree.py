@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -52,3 +53,9 @@ def is_fake(tensor: object) -> bool:
 def is_concrete(tensor: Tensor) -> bool:
     """Whether the tensor's values may be read on the host now: neither fake nor being traced."""
     return not is_fake(tensor) and get_proxy_mode() is None
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's storage is still there; torch.func's wrappers do not show theirs."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped or tensor.untyped_storage().nbytes() > 0

@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import qnext as qn
 from examples import train_demo
 from examples.demo_data import batch, train_tokenizer
 from qnext.functional.tree import leaves
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(train_demo.VOCABULARY, seed=1, documents=250)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, where: Path, steps: int, *more: str) -> qn.Params:
@@ -23,8 +29,11 @@ def run(monkeypatch: pytest.MonkeyPatch, where: Path, steps: int, *more: str) ->
 
 
 def test_stopped_and_resumed_is_the_same_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
 ) -> None:
+    for name in ("whole", "parts"):  # a run that has its tokenizer keeps it
+        (tmp_path / name).mkdir()
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
     whole = run(monkeypatch, tmp_path / "whole", 4)
     update, calls = train_demo.update, 0
 
@@ -52,9 +61,8 @@ def test_stopped_and_resumed_is_the_same_run(
         run(monkeypatch, tmp_path / "parts", 5)
 
 
-def test_both_losses_fall_on_a_batch_seen_again() -> None:
-    tokenizer = train_tokenizer(400, seed=1)
-    config = qn.Config.from_hf(train_demo.ARCHITECTURE | {"vocab_size": 400})
+def test_both_losses_fall_on_a_batch_seen_again(tokenizer: Tokenizer) -> None:
+    config = qn.Config.from_hf(train_demo.ARCHITECTURE)
     params = qn.init_params(replace(config, mtp_layers=1), seed=1)
     for leaf in leaves(params):
         leaf.requires_grad_()
@@ -65,8 +73,7 @@ def test_both_losses_fall_on_a_batch_seen_again() -> None:
     assert history[-1][1] < 0.9 * history[0][1]
 
 
-def test_batches_depend_on_seed_and_step_alone() -> None:
-    tokenizer = train_tokenizer(400, seed=1)
+def test_batches_depend_on_seed_and_step_alone(tokenizer: Tokenizer) -> None:
     first = batch(tokenizer, 2, 60, seed=3, step=7)
     again = batch(tokenizer, 2, 60, seed=3, step=7)
     assert torch.equal(first.tokens, again.tokens) and torch.equal(first.weight, again.weight)

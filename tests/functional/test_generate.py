@@ -16,7 +16,7 @@ from qnext.functional.tree import leaves
 from tests.samples import relative_rms
 
 CLOSE = 1e-5  # float32 products of other shapes: sums in another order
-BATCH, PROMPT, NEW, VOCAB = 5, 13, 9, 211  # no axis of the model has one of these sizes but hq * hd
+BATCH, PROMPT, NEW, VOCAB = 5, 13, 9, 211  # no other axis of the model has one of these sizes
 LENGTHS = [13, 4, 9, 1, 12]
 HOT = qn.Sampling(temperature=1.0, seed=17)
 
@@ -100,15 +100,16 @@ def test_greedy_text_is_the_argmax_of_the_whole_text(params: qn.Params, text: Te
 def ends_of(text: Tensor) -> dict[str, Any]:
     """Ways to say where a row ends, with the tokens meant."""
     token = text.tolist()
+    unsaid = min(set(range(VOCAB)) - set(text.flatten().tolist()))
     return {
         "int": (token[1][4], [token[1][4]]),
         "list": ([token[2][3], token[0][6]], [token[2][3], token[0][6]]),
-        "tuple": ((token[3][1], VOCAB + 5), [token[3][1]]),
+        "tuple": ((token[3][1], unsaid), [token[3][1]]),
         "at_once": (token[4][0], [token[4][0]]),
         "last": (token[1][8], [token[1][8]]),
         "empty": ([], []),
         "none": (None, []),
-        "never_said": (min(set(range(VOCAB)) - set(text.flatten().tolist())), []),
+        "never_said": (unsaid, []),
     }
 
 
@@ -280,11 +281,16 @@ def test_penalties_read_prompt_and_text(params: qn.Params) -> None:
     out, _ = qn.generate(params, empty(params), prompt(), 20, sampling=once)
     assert all(len(set(row)) == 20 for row in out.tolist())
     fresh = qn.Sampling(temperature=0.0, repetition_penalty=1e6)
-    padded = prompt().masked_fill(torch.arange(PROMPT) >= torch.tensor(LENGTHS)[:, None], -1)
-    out, _ = qn.generate(params, empty(params), padded, 20, torch.tensor(LENGTHS), fresh)
+    lengths = torch.tensor(LENGTHS)
+    padding = torch.arange(PROMPT) >= lengths[:, None]
+    padded = prompt().masked_fill(padding, -1)
+    out, _ = qn.generate(params, empty(params), padded, 20, lengths, fresh)
     for row, tokens in enumerate(out.tolist()):
         assert not set(tokens) & set(padded[row].tolist())
         assert len(set(tokens)) == 20
+    padded = prompt().where(~padding, out[:, :PROMPT])  # what only padding holds was not seen
+    same, _ = qn.generate(params, empty(params), padded, 20, lengths, fresh)
+    assert torch.equal(same, out)
 
 
 def test_capacity_is_filled_exactly(params: qn.Params, text: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 import qnext as qn
 from qnext.functional.layout import layout
 from qnext.functional.ops.delta_rule import delta_chunked, delta_scan
-from qnext.functional.state import Delta
+from qnext.functional.state import KV, Delta
 from qnext.functional.tree import leaves, leaves_with_paths, map_leaves
 from tests.samples import relative_rms
 
@@ -116,6 +116,21 @@ def test_padding_adds_nothing(exact: qn.Params, lengths: list[int]) -> None:
     check_close(got, gradient(torch.stack(alone).sum(), exact), EXACT)
 
 
+def test_unwritten_pages_reach_no_gradient(exact: qn.Params) -> None:
+    """NaN where nothing was written yet, an empty row before it: as if there were zeros."""
+    fresh, lengths = empty(exact), torch.tensor([13, 0, 1, 5, 9])
+    unwritten = [
+        KV(*(torch.full_like(pool, torch.nan) for pool in p)) if isinstance(p, KV) else p
+        for p in fresh.layers
+    ]
+    found = []
+    for state in (fresh._replace(layers=tuple(unwritten)), fresh):
+        logits, _ = qn.forward(exact, state, words(13), lengths)
+        valid = torch.arange(13) < lengths[:, None]
+        found.append(gradient(surprise(logits[valid], words(13, seed=4)[valid]), exact))
+    check_close(*found, EXACT)
+
+
 @pytest.mark.parametrize("seq", [9, 21], ids=["scan", "chunks"])
 def test_initial_recurrent_state(exact: qn.Params, seq: int) -> None:
     """Along a random direction: the slope that central differences find."""
@@ -180,18 +195,18 @@ DECAYS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_chunked_delta_rule_against_its_scan(seq: int, decay: str) -> None:
     """In float64, of outputs and last state, with respect to all six arguments."""
     g = torch.Generator().manual_seed(seq)
-    q, k = (torch.randn(2, seq, 3, 5, generator=g).double() for _ in "qk")
+    q, k = (torch.randn(4, seq, 3, 5, generator=g).double() for _ in "qk")
     arguments = [
         q,
         k / k.norm(dim=-1, keepdim=True),
-        torch.randn(2, seq, 6, 11, generator=g).double(),
-        DECAYS[decay](torch.rand(2, seq, 6, generator=g).double()),
-        torch.rand(2, seq, 6, generator=g).double(),
-        torch.randn(2, 6, 11, 5, generator=g).double(),
+        torch.randn(4, seq, 6, 11, generator=g).double(),
+        DECAYS[decay](torch.rand(4, seq, 6, generator=g).double()),
+        torch.rand(4, seq, 6, generator=g).double(),
+        torch.randn(4, 6, 11, 5, generator=g).double(),
     ]
     arguments = [x.requires_grad_() for x in arguments]
-    weight = torch.randn(2, seq, 6, 11, generator=g).double()
-    toward = torch.randn(2, 6, 11, 5, generator=g).double()
+    weight = torch.randn(4, seq, 6, 11, generator=g).double()
+    toward = torch.randn(4, 6, 11, 5, generator=g).double()
 
     def pull(out: Tensor, last: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad((out * weight).sum() + (last * toward).sum(), arguments))

@@ -278,7 +278,9 @@ def test_a_model_without_the_module_says_so(hybrid: qn.Params, module: int) -> N
 def test_what_does_not_fit_is_refused(hybrid: qn.Params) -> None:
     hidden, tokens = pairs(hybrid, 6)
     state = qn.init_state(hybrid.config, BATCH, 7)
-    with pytest.raises(qn.InputError, match=r"hidden must be \[5, 6, 40\]"):
+    with pytest.raises(
+        qn.InputError, match=r"hidden must be .*\[5, 6, 40\] to go with tokens, got \[5, 5, 40\]"
+    ):
         qn.mtp(hybrid, state, hidden[:, :5], tokens)
     _, _, state = qn.mtp(hybrid, state, hidden, tokens)
     with pytest.raises(qn.CapacityError, match="row 0 holds 6 tokens and would hold 12"):

@@ -98,11 +98,11 @@ def wanted(checkpoints: Any) -> Any:
 @pytest.mark.parametrize("name", ODD)
 def test_logits_of_a_whole_prompt(checkpoints: Any, name: str) -> None:
     model, _, params = checkpoints(name)
-    tokens = torch.randint(0, 211, (2, 131))
-    logits, state = qn.forward(params, qn.init_state(params.config, 2, 131), tokens)
+    tokens = prompt(131)
+    logits, state = qn.forward(params, qn.init_state(params.config, BATCH, 131), tokens)
     with torch.no_grad():
         check_close(logits, model(tokens, use_cache=False).logits)
-    assert state.lengths.tolist() == [131, 131]
+    assert state.lengths.tolist() == [131] * BATCH
 
 
 @pytest.mark.parametrize(
