@@ -6,7 +6,7 @@ QUESTION = Mia has 12 apples. She buys 7 more and then gives 5 to Tom. How many 
 .PHONY: run test test-all lint demo clean
 
 run: .venv/base  ## ask the demo model a question
-	@$(BIN)/qnext generate --chat "$(QUESTION)"
+	@$(BIN)/qnext generate --prompt "$$(printf 'Question: %s\nAnswer:' "$(QUESTION)")" --stop Question
 
 test: .venv/dev  ## the default suite, minutes
 	$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -109,8 +109,9 @@ def attention(
     rows = block_table.long().gather(1, index // page) * page + index % page
     key = key_pool.flatten(0, 1)[rows].transpose(1, 2).to(query.dtype)
     value = value_pool.flatten(0, 1)[rows].transpose(1, 2).to(query.dtype)
-    some = (context > 0)[:, None, None, None]  # without context even position 0 is nobody's
-    key, value = key.where(some, 0), value.where(some, 0)
+    if int(context.min()) == 0:  # without context even position 0 is nobody's
+        some = (context > 0)[:, None, None, None]
+        key, value = key.where(some, 0), value.where(some, 0)
     visible = (seen <= position[..., None]) & (seen < context[:, None, None])
     out = scaled_dot_product_attention(
         query.transpose(1, 2), key, value, visible[:, None], scale=scale, enable_gqa=True

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.linalg import solve_triangular, vecdot
@@ -135,7 +135,7 @@ def delta_scan(
 ) -> tuple[Float[Tensor, "batch seq hv dv"], Float[Tensor, "batch seq hv dv dk"]]:
     """The definition: returns the outputs and the state after every token."""
     group = v.shape[2] // k.shape[2]
-    q, k = (repeat(x, "b t hk dk -> b t (hk group) 1 dk", group=group) for x in (q, k))
+    q, k = (x.repeat_interleave(group, dim=2).unsqueeze(-2) for x in (q, k))
     outputs, states = [], []
     for t in range(v.shape[1]):
         state = state * g[:, t, :, None, None].exp()
