@@ -176,11 +176,12 @@ class DecodeStream:
         self._skip_special_tokens = skip_special_tokens
         self._window: list[int] = []  # the last ids, as long as they end in U+FFFD
         self._sent = 0  # how many characters of the window's text have been returned
+        # One id more than can be pending: with its lead byte a whole last character shows as such.
         tail: list[int] = []
         for token in reversed(prompt_ids):
             if self._decode([token]):
                 tail.append(token)
-            if len(tail) == _MOST_PENDING:
+            if len(tail) > _MOST_PENDING:
                 break
         for token in reversed(tail):
             self.push(token)
