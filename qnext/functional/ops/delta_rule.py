@@ -10,6 +10,7 @@ two equal in float64; long sequences run the chunked form.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,15 +115,13 @@ def delta_rule(
     q, k, v, g, beta = (t.to(dtype) for t in (query, key, value, g, beta))
     q = q * scale
     start = state.index_select(0, slots[:, 0]).to(dtype)
-    each = slots.shape[1] > 1
-    if each or value.shape[1] <= SCAN_UP_TO:
-        out, after = delta_scan(q, k, v, g, beta, start)
-        after = after if each else after[:, -1:]
-    else:
-        out, last = delta_chunked(q, k, v, g, beta, start)
-        after = last[:, None]
-    pool = state.index_put((slots.long(),), after.to(state.dtype))
-    return out.to(value.dtype), pool
+    if slots.shape[1] > 1:
+        out, states = delta_scan(q, k, v, g, beta, start)
+        return out.to(value.dtype), state.index_put((slots.long(),), states.to(state.dtype))
+    short = value.shape[1] <= SCAN_UP_TO
+    run = partial(delta_scan, each=False) if short else delta_chunked
+    out, last = run(q, k, v, g, beta, start)
+    return out.to(value.dtype), state.index_copy(0, slots[:, 0].long(), last.to(state.dtype))
 
 
 def delta_scan(
@@ -132,8 +131,9 @@ def delta_scan(
     g: Float[Tensor, "batch seq hv"],
     beta: Float[Tensor, "batch seq hv"],
     state: Float[Tensor, "batch hv dv dk"],
-) -> tuple[Float[Tensor, "batch seq hv dv"], Float[Tensor, "batch seq hv dv dk"]]:
-    """The definition: returns the outputs and the state after every token."""
+    each: bool = True,
+) -> tuple[Float[Tensor, "batch seq hv dv"], Float[Tensor, "batch *steps hv dv dk"]]:
+    """The definition: returns the outputs and the states after each token, or the last only."""
     group = v.shape[2] // k.shape[2]
     q, k = (x.repeat_interleave(group, dim=2).unsqueeze(-2) for x in (q, k))
     outputs, states = [], []
@@ -142,8 +142,9 @@ def delta_scan(
         write = beta[:, t, :, None] * (v[:, t] - vecdot(state, k[:, t]))
         state = torch.addcmul(state, write[..., None], k[:, t])
         outputs.append(vecdot(state, q[:, t]))
-        states.append(state)
-    return torch.stack(outputs, dim=1), torch.stack(states, dim=1)
+        if each:
+            states.append(state)
+    return torch.stack(outputs, dim=1), torch.stack(states, dim=1) if each else state
 
 
 def delta_chunked(

@@ -50,10 +50,10 @@ def short_conv(
     taps, seq = weight.shape[1], x.shape[1]
     past = offset[:, None].long() + torch.arange(taps - 1, device=x.device)
     line = torch.cat([window[rows[:, None].long(), past].to(x.dtype), x], dim=1)
-    wide_line = wide(line)
-    y = torch.zeros((), dtype=wide_line.dtype, device=x.device)
-    for tap in range(taps):  # in tap order: the order of the sum is part of the definition
-        y = torch.addcmul(y, wide_line[:, tap : tap + seq], weight[:, tap].to(wide_line.dtype))
+    inputs, taps_first = wide(line), wide(weight).mT.contiguous()
+    y = inputs[:, :seq] * taps_first[0]
+    for tap in range(1, taps):  # in tap order: the order of the sum is part of the definition
+        y = torch.addcmul(y, inputs[:, tap : tap + seq], taps_first[tap])
     y = torch.nn.functional.silu(y).to(x.dtype)
 
     keep = start[:, None].long() + torch.arange(window.shape[1], device=x.device)
