@@ -20,7 +20,9 @@ INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
 
 EXAMPLES = """\
 examples:
-  qnext generate --chat "Mia has 12 apples and buys 7 more. How many apples does she have now?"
+  qnext generate --chat "Who are you?"
+  printf 'Question: Mia has 12 apples and buys 7 more. How many has she now?\\nAnswer:' |
+    qnext generate --stop Question
   qnext generate --chat                                 talk to it; an empty line or Ctrl-D ends
   qnext generate --prompt "Tom went to the market." --temperature 0.8 --seed 7
   qnext generate path/to/checkpoint --prompt "Hello" --json | jq -r .text
