@@ -112,7 +112,9 @@ def load(args: argparse.Namespace) -> tuple[qn.Params, Tokenizer]:
     dtype = DTYPES.get(args.dtype)
     if args.model is None:
         return qn.demo(dtype or torch.float32), qn.tokenizer()
-    return qn.load(args.model, dtype=dtype), qn.tokenizer(args.model)
+    qn.Config.from_hf(args.model)  # what can be refused at once is, before weights are read
+    tokenizer = qn.tokenizer(args.model)
+    return qn.load(args.model, dtype=dtype), tokenizer
 
 
 def run_generate(args: argparse.Namespace) -> None:

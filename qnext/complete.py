@@ -31,16 +31,16 @@ class _Row:
     """One continuation: detokenises, watches for stop strings, holds back what might be one."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
         self.decoder = tokenizer.stream(prompt)
-        self.ends, self.stops = tokenizer.eos_ids, stops
         self.held, self.ready, self.tokens = "", "", 0
         self.finish: str | None = None
 
     def push(self, token: int) -> None:
         self.tokens += 1
-        if token in self.ends:
+        if token in self.tokenizer.eos_ids:
             self.end("eos")
-        else:
+        elif self.tokenizer.knows(token):  # models' vocabularies are padded: the rest has no text
             self._take(self.decoder.push(token))
 
     def end(self, reason: str) -> None:

@@ -73,6 +73,10 @@ class Tokenizer:
         """Returns the id of a token as it is written in the vocabulary, or None."""
         return self.backend.token_to_id(token)
 
+    def knows(self, token: int) -> bool:
+        """Whether the vocabulary has this id; a model may draw ids beyond it."""
+        return _is_known(self.backend, token)
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Returns the ids of a text.
 
@@ -153,7 +157,7 @@ class Tokenizer:
 
     def _check(self, token: int) -> None:
         # The library's decode drops an unknown id without a word.
-        if not _is_known(self.backend, token):
+        if not self.knows(token):
             raise TokenizerError(
                 f"id {token}: is not in this vocabulary of {self.vocab_size} tokens; pass ids "
                 "that it has, without padding such as -1"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qnext.cli import main
+from qnext.embedded import MODEL
 
 
 def test_generate_streams_text_and_reports(capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,6 +69,7 @@ def test_eval_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         (["generate", "/nowhere", "--prompt", "x"], "no checkpoint"),
         (["generate", "--prompt", ""], "empty prompt"),
+        (["generate", str(MODEL.parent), "--prompt", "x"], "no config.json"),
         (["generate", "--prompt", "x", "--chat", "y"], "two texts"),
         (["generate", "--prompt", "x", "--temperature", "-1"], "temperature must be"),
         (["generate", "--prompt", "x", "--top-p", "0"], "top_p must be"),
@@ -111,3 +113,11 @@ def test_interrupt_keeps_the_text_so_far() -> None:
     out, err = run.communicate(timeout=60)
     assert run.returncode == 130
     assert said + out.strip() and "tokens/s; interrupted]" in err and "Traceback" not in err
+
+
+def test_a_checkpoint_without_tokenizer_is_refused_before_its_weights_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text((MODEL / "config.json").read_text())
+    assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
+    assert "tokenizer.json" in capsys.readouterr().err

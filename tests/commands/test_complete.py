@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,19 @@ def test_rows_do_not_depend_on_each_other(demo: tuple[qn.Params, Tokenizer]) -> 
     prompts = chats(demo)
     together = texts(demo, prompts, 24)
     assert together == [texts(demo, [prompt], 24)[0] for prompt in prompts]
+
+
+def test_ids_beyond_the_tokenizer_have_no_text(demo: tuple[qn.Params, Tokenizer]) -> None:
+    """Published vocabularies are padded: a model may draw ids that its tokenizer does not know."""
+    params, tokenizer = demo
+    wide = qn.init_params(replace(params.config, vocab_size=3 * tokenizer.vocab_size), seed=1)
+    hot = qn.Sampling(temperature=9.0, seed=4)
+    [(text, count, finish)] = texts((wide, tokenizer), [[5, 6]], 30, sampling=hot)
+    state = qn.init_state(wide.config, 1, 32)
+    tokens, _ = qn.generate(wide, state, torch.tensor([[5, 6]]), 30, sampling=hot)
+    known = [t for t in tokens[0].tolist() if t < tokenizer.vocab_size]
+    assert 0 < len(known) < 30 and (count, finish) == (30, "length")
+    assert text == tokenizer.decode(known)
 
 
 def test_empty_prompt_is_an_error(demo: tuple[qn.Params, Tokenizer]) -> None:
