@@ -255,8 +255,8 @@ for name, records in {
     )
 other(
     "generate: sampling of other things",
-    lambda w: partial(qn.generate, *w, 1, sampling=[qn.Sampling(), None]),
-    EACH + r"\[Sampling.*None\]",
+    lambda w: partial(qn.generate, *w, 1, sampling=[None, None]),  # beartype looks at one of them
+    EACH + r"\[None, None\]",
     typed=True,
 )
 
@@ -279,6 +279,18 @@ for value in (1, -1):
         f"mtp: module {value}",
         lambda w, v=value: partial(qn.mtp, w.params, w.state, hidden(2, 3, 40), w.tokens, None, v),
         f"this model has 1 MTP modules, module {value} is not one of them; load a checkpoint",
+    )
+for kind, trees in (("params", (None, "state")), ("state", ("params", {}))):
+    other(
+        f"mtp: {kind} of another kind",
+        lambda w, t=trees: partial(
+            qn.mtp,
+            *(getattr(w, x) if isinstance(x, str) else x for x in t),
+            hidden(2, 3, 40),
+            w.tokens,
+        ),
+        f"{kind} must be a qnext",
+        typed=True,
     )
 other(
     "mtp: hidden of another width",

@@ -16,7 +16,7 @@ from torch.nn.functional import embedding, linear
 from qnext.errors import InputError
 from qnext.functional import ops
 from qnext.functional.blocks import layer, locate
-from qnext.functional.checks import check_call
+from qnext.functional.checks import check_call, check_trees
 from qnext.functional.model import unembed, within
 from qnext.functional.params import Params
 from qnext.functional.state import KV, State
@@ -38,6 +38,7 @@ def mtp(
     predict the tokens at t + 2. The state's main part is not touched; its `mtp_lengths` advance.
     Raises InputError where the checkpoint has no such module or arguments do not fit.
     """
+    check_trees(params, state)
     if not 0 <= module < len(params.mtp):
         raise InputError(
             f"this model has {len(params.mtp)} MTP modules, module {module} is not one of them; "

@@ -52,7 +52,12 @@ def is_fake(tensor: object) -> bool:
 
 def is_concrete(tensor: Tensor) -> bool:
     """Whether the tensor's values may be read on the host now: neither fake nor being traced."""
-    return not is_fake(tensor) and get_proxy_mode() is None
+    return not is_fake(tensor) and not is_tracing()
+
+
+def is_tracing() -> bool:
+    """Whether operations are being recorded, so that what runs now is what a graph will hold."""
+    return get_proxy_mode() is not None
 
 
 def has_memory(tensor: Tensor) -> bool:

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from jaxtyping import TypeCheckError
 
 import qnext as qn
 import tests.bad_calls  # noqa: F401  (fills CASES)
+from qnext.functional.sampling import records
 from tests.calls import CASES, Outcome, attempt, attempts, world
 
 
@@ -73,6 +75,14 @@ def test_bad_calls_are_noticed() -> None:
     assert attempt(lambda w: hurt).changed
     w.state.lengths.sub_(1)
     assert len(attempts()) == len(CASES) > 200
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_one_wrong_sampling_record_among_right_ones(row: int) -> None:
+    mixed: list[Any] = [qn.Sampling(), qn.Sampling()]
+    mixed[row] = None
+    with pytest.raises(qn.InputError, match="one for each of the 2 rows"):
+        records(mixed, 2)
 
 
 def test_errors_are_value_errors() -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qnext.functional.tree import is_concrete, is_fake
+from qnext.functional.tree import is_fake, is_tracing
 
 Axes = Mapping[str, int]
 
@@ -52,7 +52,6 @@ class Primitive:
 
 PRIMITIVES: dict[str, Primitive] = {}
 _LIBRARY = torch.library.Library("qnext", "FRAGMENT")
-_REAL = torch.zeros(())
 
 
 def primitive(
@@ -73,7 +72,7 @@ def primitive(
         def kernel(**arguments: Any) -> Any:
             faked = any(is_fake(value) for value in arguments.values())
             # a trace that opens primitives records what runs here: it must be the body
-            return shapes(**arguments) if faked and is_concrete(_REAL) else reference(**arguments)
+            return shapes(**arguments) if faked and not is_tracing() else reference(**arguments)
 
         # CompositeImplicitAutograd keeps keyword-only tensors, gradients and one node a call
         _LIBRARY.impl(name, kernel, "CompositeImplicitAutograd")
