@@ -7,7 +7,9 @@ from qnext.embedded import tokenizer as tokenizer
 from qnext.errors import CapacityError as CapacityError
 from qnext.errors import CheckpointError as CheckpointError
 from qnext.errors import ConfigError as ConfigError
+from qnext.errors import DonatedError as DonatedError
 from qnext.errors import InputError as InputError
+from qnext.errors import LoweringError as LoweringError
 from qnext.errors import QnextError as QnextError
 from qnext.functional.checkpoint import load as load
 from qnext.functional.checkpoint import load_state as load_state
@@ -30,5 +32,6 @@ from qnext.functional.state import State as State
 from qnext.functional.state import fork as fork
 from qnext.functional.state import init_state as init_state
 from qnext.functional.state import select as select
+from qnext.lowering.stages import jit as jit
 
 __version__ = _version("qnext")

@@ -90,7 +90,7 @@ FIT = r"params and state do not fit the model:\n  "
 HINT = r"\nmake the state with init_state\(params\.config, batch, capacity\)"
 STATE = r"state must be a qnext State \(qn\.init_state\), got "
 PARAMS = r"params must be a qnext Params \(qn\.load, qn\.demo\), got "
-DONATED = r"{} was donated and its memory reused\. Use the state that the donating call returned"
+DONATED = r"{} was donated to a call and its memory reused\. Use the state that"
 SWAPPED: dict[str, Any] = {"params": lambda p: world().state, "state": lambda w: w.params}
 case("params and state swapped", PARAMS + "State", typed=True, **SWAPPED)
 for kind, change in (
@@ -182,7 +182,8 @@ for path, find in (
     ("lengths", lambda s: s.lengths),
 ):
     says = DONATED.format(re.escape(f"state.{path}"))
-    case(f"state: {path} donated", says, ALL, state=lambda w, f=find: w.donated(f))
+    gone = {"error": qn.DonatedError, "state": lambda w, f=find: w.donated(f)}
+    case(f"state: {path} donated", says, ALL, **gone)
 
 # --- capacity, numbers, sampling -----------------------------------------------------------------
 

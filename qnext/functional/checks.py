@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext.errors import CapacityError, InputError
+from qnext.errors import CapacityError, InputError, donated
 from qnext.functional.config import ATTENTION, PAGE, Config
 from qnext.functional.params import (
     AttentionParams,
@@ -24,7 +24,7 @@ from qnext.functional.params import (
     Params,
 )
 from qnext.functional.state import KV, Delta, State
-from qnext.functional.tree import has_memory, is_concrete
+from qnext.functional.tree import given_up_to, has_memory, is_concrete
 from qnext.shapes import annotated_leaves, mismatches
 
 INTEGERS = (torch.int32, torch.int64)
@@ -185,11 +185,9 @@ def _wrong_parts(path: str, parts: Any, kinds: Sequence[type]) -> list[str]:
 
 def _check_alive(state: State) -> None:
     for path, leaf, _ in annotated_leaves(state, "state"):
-        if leaf.nbytes and not has_memory(leaf):
-            raise InputError(
-                f"{path} was donated and its memory reused. Use the state that the donating call "
-                "returned, or jit(..., donate=()) to keep both."
-            )
+        taker = given_up_to(leaf)
+        if taker or (leaf.nbytes and not has_memory(leaf)):
+            raise donated(path, taker)
 
 
 def _check_tokens(tokens: object, axes: tuple[str, ...]) -> None:

@@ -6,8 +6,9 @@ from typing import Any, TypeVar
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 Tree = TypeVar("Tree")
 
@@ -64,3 +65,41 @@ def has_memory(tensor: Tensor) -> bool:
     """Whether a tensor's storage is still there; torch.func's wrappers do not show theirs."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return wrapped or tensor.untyped_storage().nbytes() > 0
+
+
+def same_structure(tree: object, other: object) -> bool:
+    """Whether two trees have the same nodes, constants (configs) included."""
+    return bool(pytree.tree_structure(tree) == pytree.tree_structure(other))
+
+
+def fake_mode() -> FakeTensorMode:
+    """A context in which new tensors have shapes and no memory."""
+    return FakeTensorMode()
+
+
+def record(function: Callable[..., Any], inputs: list[Tensor]) -> GraphModule:
+    """The graph of a function of tensors, primitives kept whole; inputs are fake tensors."""
+    return make_fx(function, pre_dispatch=True)(*inputs)
+
+
+def give_up(tensor: Tensor, to: str) -> None:
+    """Mark a tensor object as donated to the named function; see `given_up_to`."""
+    tensor.donated_to = to  # type: ignore[attr-defined]
+
+
+def given_up_to(tensor: object) -> str | None:
+    """The function that a tensor was donated to, if it was."""
+    return getattr(tensor, "donated_to", None)
+
+
+def record_call(
+    function: Callable[..., Any], given: dict[str, Tensor], fixed: dict[str, Any]
+) -> GraphModule:
+    """The graph of `function(**given, **fixed)`, a tensor or a tuple of them, on fake tensors."""
+
+    def flat(*values: Tensor) -> Any:
+        return function(**dict(zip(given, values, strict=True)), **fixed)
+
+    mode = next(t.fake_mode for t in given.values() if isinstance(t, FakeTensor))
+    with mode, torch.no_grad():
+        return record(flat, list(given.values()))

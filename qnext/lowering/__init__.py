@@ -1,0 +1,1 @@
+"""From pure functions to compiled steps: trace, lower by rules, compile, call."""

@@ -1,0 +1,125 @@
+"""What a step costs on paper: flops, bytes, launches and roofline seconds, site by site."""
+
+import math
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from qnext.functional.ops import PRIMITIVES
+from qnext.lowering.graph import arguments, primitive_of, scopes, site_name, sites, tensors, value
+from qnext.lowering.target import Chip
+
+PRODUCTS = {"linear", "matmul", "mm", "addmm", "bmm"}
+SELECTS = {"embedding", "gather", "index_select", "index", "take_along_dim"}
+
+
+class Cost(NamedTuple):
+    """One site's work: floating-point operations, bytes moved, kernel launches."""
+
+    flops: int
+    bytes: int
+    launches: int
+
+    def seconds(self, chip: Chip) -> float:
+        """The least time on a chip: its arithmetic or its memory, whichever is slower."""
+        return max(self.flops / chip.bf16_flops, self.bytes / chip.bytes_per_second)
+
+
+def cost_of(node: Node) -> Cost:
+    """The cost of a site. A primitive left on its reference counts as one launch."""
+    if found := primitive_of(node):
+        given = arguments(node)
+        return Cost(found.flops(**given), found.bytes(**given), 1)
+    name, outputs = site_name(node), tensors(value(node))
+    inputs = [t for n in node.all_input_nodes for t in tensors(value(n))]
+    written = sum(t.nbytes for t in outputs)
+    if name in SELECTS:  # only the chosen rows move
+        return Cost(0, 2 * written + sum(t.nbytes for t in inputs[1:]), 1)
+    moved = written + sum(t.nbytes for t in inputs)
+    return Cost(_products(name, inputs, outputs), moved, 1)
+
+
+def _products(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    made = sum(t.numel() for t in outputs)
+    if name not in PRODUCTS:
+        return made
+    return 2 * made * inputs[-2 if name == "addmm" else 0].shape[-1]
+
+
+def analyse(graph: Graph, chip: Chip | None) -> dict[str, Any]:
+    """`flops`, `bytes`, `launches`, `seconds_at_roofline`, `by_site`, `by_kind`, `by_part`.
+
+    Seconds are None without a chip. The roofline of a step is the sum of its sites': they run one
+    after another. `seconds_of_launches` is the floor that launching alone sets.
+    """
+    owner = scopes(graph)
+    by_site = []
+    for node in sites(graph):
+        cost = cost_of(node)
+        by_site.append(
+            {
+                "node": node.name,
+                "site": site_name(node),
+                "part": owner[node],
+                **cost._asdict(),
+                "seconds_at_roofline": cost.seconds(chip) if chip else None,
+            }
+        )
+    by_part = _grouped(by_site, "part")
+    kinds = kinds_of(by_site)
+    for site in by_site:
+        site["kind"] = kinds[site["part"]]
+    by_kind = _grouped(by_site, "kind")
+    for kind, total in by_kind.items():
+        total["parts"] = sum(k == kind for k in kinds.values())
+    total = _total(by_site)
+    launching = total["launches"] * chip.launch_seconds if chip else None
+    return {
+        **total,
+        "seconds_of_launches": launching,
+        "chip": chip.name if chip else None,
+        "by_kind": by_kind,
+        "by_part": by_part,
+        "by_site": by_site,
+    }
+
+
+def _grouped(rows: list[dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row[key]].append(row)
+    return {name: _total(group) for name, group in groups.items()}
+
+
+def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over rows; seconds are summed with fsum, as thousands of tiny ones round."""
+    seconds = [row["seconds_at_roofline"] for row in rows]
+    return {
+        "flops": sum(row["flops"] for row in rows),
+        "bytes": sum(row["bytes"] for row in rows),
+        "launches": sum(row["launches"] for row in rows),
+        "seconds_at_roofline": None if None in seconds else math.fsum(seconds),
+    }
+
+
+def kinds_of(by_site: list[dict[str, Any]]) -> dict[str, str]:
+    """A name for each part's kind: `delta_rule+experts`, `attention+experts`, `shared`.
+
+    Parts with the same sites are of one kind, named by the two heaviest primitives that some other
+    kind lacks (or by its heaviest, where there is only one kind).
+    """
+    sequence: dict[str, list[str]] = defaultdict(list)
+    weight: dict[str, int] = defaultdict(int)
+    for row in by_site:
+        sequence[row["part"]].append(row["site"])
+        weight[row["site"]] += row["flops"] + row["bytes"]
+    models = {tuple(s) for part, s in sequence.items() if part and PRIMITIVES.keys() & set(s)}
+    common = set.intersection(*map(set, models)) if len(models) > 1 else set()
+
+    def name(sites_of_part: tuple[str, ...]) -> str:
+        own = (set(sites_of_part) - common) & PRIMITIVES.keys() or set(sites_of_part)
+        return "+".join(sorted(own, key=lambda site: (-weight[site], site))[:2])
+
+    return {part: name(tuple(s)) if part else "shared" for part, s in sequence.items()}

@@ -1,0 +1,121 @@
+"""Rules: rewrites of sites into other calls, as data; what fired and what declined, and why."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch.fx import Graph, Node
+
+from qnext.errors import LoweringError
+from qnext.functional.tree import map_leaves, record_call
+from qnext.lowering.graph import is_view, primitive_of, site_name, sites, tensors, value
+from qnext.lowering.target import Target
+
+
+class Match(NamedTuple):
+    """What a rule takes: nodes by the names `emit` knows them by, and the nodes it replaces."""
+
+    inputs: Mapping[str, Any]
+    outputs: tuple[Node, ...]  # one for each result of emit; their other users get that result
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rewrite.
+
+    `site` names the primitive (or torch operation) it is asked at. `match` finds the pattern that
+    ends there. `guard` returns the reason why the rule does not apply, or None; it reads shapes,
+    dtypes and facts of the target, never values. `emit` computes the same from the matched inputs
+    with the target's calls; it only marshals. `contract` names the page that the call is described
+    on; `launches` is what the emitted calls cost on the device.
+    """
+
+    name: str
+    site: str
+    emit: Callable[..., Any]
+    contract: str
+    guard: Callable[..., str | None] = lambda target, **_: None
+    match: Callable[[Node], Match | None] | None = None
+
+
+class Verdict(NamedTuple):
+    """What became of one site."""
+
+    site: str  # what it was: rms_norm
+    rule: str | None  # what took it, or None: left on the reference
+    reasons: tuple[str, ...]  # of each candidate that declined, `rule: reason`
+
+
+def whole(node: Node) -> Match:
+    """The match of a primitive by itself."""
+    results = [user for user in node.users if site_name(user) == "getitem"]
+    if isinstance(value(node), tuple | list):
+        by_index = {user.args[1]: user for user in results}
+        outputs = tuple(by_index.get(i, node) for i in range(len(value(node))))
+    else:
+        outputs = (node,)
+    return Match(dict(node.kwargs), outputs)
+
+
+def rewrite(graph: Graph, rules: Sequence[Rule], target: Target) -> dict[Node, Verdict]:
+    """Apply to each site the first rule that matches; returns the verdict for every site left.
+
+    A verdict hangs on the nodes that the graph has afterwards. Nothing falls back in silence: a
+    primitive without a rule, and one whose rules all declined, have verdicts that say so.
+    """
+    verdicts: dict[Node, Verdict] = {}
+    for node in list(sites(graph)):
+        if not node.users:  # an earlier match took it
+            continue
+        name, reasons = site_name(node), []
+        for rule in (rule for rule in rules if rule.site == name):
+            match = whole(node) if rule.match is None else rule.match(node)
+            if match is None:
+                reasons.append(f"{rule.name}: another pattern")
+                continue
+            reason = rule.guard(target, **_values(match.inputs))
+            if reason is None:
+                for new in _inline(graph, node, match, rule):
+                    verdicts[new] = Verdict(name, rule.name, tuple(reasons))
+                break
+            reasons.append(f"{rule.name}: {reason}")
+        else:
+            if not reasons and primitive_of(node):
+                reasons = ["no rule" if rules else f"{target.name} has no rules"]
+            verdicts[node] = Verdict(name, None, tuple(reasons))
+    graph.eliminate_dead_code()
+    alive = set(graph.nodes)
+    return {node: verdict for node, verdict in verdicts.items() if node in alive}
+
+
+def _values(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return map_leaves(lambda v: value(v) if isinstance(v, Node) else v, dict(inputs))
+
+
+def _inline(graph: Graph, root: Node, match: Match, rule: Rule) -> list[Node]:
+    """Put what `emit` does in place of the matched nodes; returns the new sites."""
+    names = [k for k, v in match.inputs.items() if isinstance(v, Node)]
+    fixed = {k: v for k, v in match.inputs.items() if not isinstance(v, Node)}
+    body = record_call(rule.emit, {k: value(match.inputs[k]) for k in names}, fixed)
+    placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+    known = {p: match.inputs[k] for p, k in zip(placeholders, names, strict=True)}
+    with graph.inserting_before(root):
+        results = graph.graph_copy(body.graph, known)  # fills `known`: node of the body -> copy
+    results = results if isinstance(results, tuple | list) else (results,)
+    if len(results) != len(match.outputs):
+        raise LoweringError(f"rule {rule.name} yields {len(results)}, not {len(match.outputs)}")
+    for old, new in zip(match.outputs, results, strict=True):
+        _check_same(rule, old, new)
+        if old is not root or len(results) == 1:
+            old.replace_all_uses_with(new)
+    made = [known[n] for n in body.graph.nodes if n.op == "call_function"]
+    return [node for node in made if not is_view(node)]
+
+
+def _check_same(rule: Rule, old: Node, new: Node) -> None:
+    for was, now in zip(tensors(value(old)), tensors(value(new)), strict=False):
+        if (was.shape, was.dtype) != (now.shape, now.dtype):
+            raise LoweringError(
+                f"rule {rule.name} turns {list(was.shape)} {was.dtype} into "
+                f"{list(now.shape)} {now.dtype}"
+            )

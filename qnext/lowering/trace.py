@@ -1,0 +1,102 @@
+"""Tracing: a pure function of trees becomes a graph over its leaves, on shapes alone."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from qnext.errors import LoweringError
+from qnext.functional.tree import fake_mode, leaves, leaves_with_paths, rebuild, record
+
+
+class Leaf(NamedTuple):
+    """What a compiled function wants of one tensor of its arguments."""
+
+    path: str  # state.layers[3].window
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A function on given specs: a graph from the tensors of its arguments to those of its result.
+
+    `arguments` and `result` are the trees, fake tensors as leaves; `leaves` names the graph's
+    inputs in order, `outputs` its outputs.
+    """
+
+    function: Callable[..., Any]
+    graph: GraphModule
+    arguments: dict[str, Any]
+    result: Any
+    leaves: tuple[Leaf, ...]
+    outputs: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+
+def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
+    """Arguments by the names of the function's parameters."""
+    try:
+        return dict(inspect.signature(function).bind_partial(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise LoweringError(f"{function.__name__}{inspect.signature(function)}: {error}") from None
+
+
+def paths(tree: Any, root: str) -> list[tuple[str, Any]]:
+    """The leaves of a tree with their paths from `root`."""
+    return [(root + path, leaf) for path, leaf in leaves_with_paths(tree)]
+
+
+def named_leaves(arguments: dict[str, Any]) -> list[tuple[str, Any]]:
+    """All leaves of all arguments: `state.lengths`, `tokens`, ..."""
+    return [found for name, tree in arguments.items() for found in paths(tree, name)]
+
+
+def trace(function: Callable[..., Any], arguments: dict[str, Any]) -> Trace:
+    """Record what a function does with arguments of these shapes and dtypes.
+
+    Arguments are trees of tensors, of specs (tensors on "meta") or of fake tensors; nothing is
+    computed. What is no tensor is a constant of the graph.
+    """
+    given = named_leaves(arguments)
+    inputs = [(path, leaf) for path, leaf in given if isinstance(leaf, Tensor)]
+    cell: list[Any] = []
+
+    def flat(*values: Tensor) -> list[Tensor]:
+        arriving = iter(values)
+        filled = [next(arriving) if isinstance(leaf, Tensor) else leaf for _, leaf in given]
+        result = function(**rebuild(arguments, filled))
+        cell.append(result)
+        return leaves(result)
+
+    with fake_mode(), torch.no_grad():
+        stand_ins = [torch.empty(leaf.shape, dtype=leaf.dtype) for _, leaf in inputs]
+        graph = record(flat, stand_ins)
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    for node, (path, _) in zip(placeholders, inputs, strict=True):
+        node.meta["path"] = path
+    result = cell[-1]
+    strange = [path for path, leaf in paths(result, "result") if not isinstance(leaf, Tensor)]
+    if strange:
+        raise LoweringError(
+            f"{function.__name__} must return trees of tensors; {strange[0]} is none"
+        )
+    return Trace(
+        function=function,
+        graph=graph,
+        arguments=arguments,
+        result=result,
+        leaves=tuple(Leaf(path, tuple(leaf.shape), leaf.dtype) for path, leaf in inputs),
+        outputs=tuple(path for path, _ in paths(result, "result")),
+    )
