@@ -11,6 +11,7 @@ from qnext.errors import DonatedError as DonatedError
 from qnext.errors import InputError as InputError
 from qnext.errors import LoweringError as LoweringError
 from qnext.errors import QnextError as QnextError
+from qnext.errors import TargetError as TargetError
 from qnext.functional.checkpoint import load as load
 from qnext.functional.checkpoint import load_state as load_state
 from qnext.functional.checkpoint import save as save

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import qnext as qn
+from qnext import doctor
 from qnext.complete import Piece, complete
 from qnext.embedded import PROBLEMS
 from qnext.evaluate import evaluate, read_problems
@@ -32,6 +33,14 @@ examples:
   qnext eval                                            the demo on its 200 unseen problems
   qnext eval path/to/checkpoint --data gsm8k_test.jsonl --shots 5 --json result.json
 """
+DOCTOR_EXAMPLES = """\
+examples:
+  qnext doctor
+  qnext doctor --json | jq .facts
+
+In an environment that has torch_npu but no CANN, `import torch` itself fails: source CANN's
+set_env.sh, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to run doctor and everything but the NPU.
+"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_generate(verbs)
     _add_eval(verbs)
+    _add_doctor(verbs)
     return top
 
 
@@ -98,6 +108,19 @@ def _add_eval(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     verb.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write figures and all answers")
     verb.set_defaults(run=run_eval)
+
+
+def _add_doctor(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    verb = verbs.add_parser(
+        "doctor",
+        help="what this machine can lower for",
+        description="Versions, the NPU of this machine, its target, and the facts that tiny calls "
+        "found to hold on it. Without an NPU it says what is missing; that is no error.",
+        epilog=DOCTOR_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+    verb.set_defaults(run=lambda args: doctor.run(args.json))
 
 
 def _add_model(verb: argparse.ArgumentParser) -> None:

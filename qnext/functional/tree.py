@@ -92,6 +92,11 @@ def given_up_to(tensor: object) -> str | None:
     return getattr(tensor, "donated_to", None)
 
 
+def fake_mode_of(tensors: list[Tensor]) -> FakeTensorMode:
+    """The mode that made some fake tensors; another's cannot be mixed with them."""
+    return next(t.fake_mode for t in tensors if isinstance(t, FakeTensor))
+
+
 def record_call(
     function: Callable[..., Any], given: dict[str, Tensor], fixed: dict[str, Any]
 ) -> GraphModule:
@@ -100,6 +105,5 @@ def record_call(
     def flat(*values: Tensor) -> Any:
         return function(**dict(zip(given, values, strict=True)), **fixed)
 
-    mode = next(t.fake_mode for t in given.values() if isinstance(t, FakeTensor))
-    with mode, torch.no_grad():
+    with fake_mode_of(list(given.values())), torch.no_grad():
         return record(flat, list(given.values()))

@@ -1,5 +1,6 @@
 """A compiled step: a callable for exactly the trees, shapes and dtypes it was made for."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +18,17 @@ SHOWN = 8  # differences an error lists
 class Compiled:
     """A function bound to a target. Calls are checked by path; donated leaves are used up."""
 
-    def __init__(self, trace: Trace, donate: tuple[str, ...], graph: GraphModule) -> None:
-        self.trace, self.donate, self._graph = trace, donate, graph
+    def __init__(
+        self,
+        trace: Trace,
+        donate: tuple[str, ...],
+        graph: GraphModule,
+        prepare: GraphModule | None = None,
+    ) -> None:
+        self.trace, self.donate, self._graph, self._prepare = trace, donate, graph, prepare
+        self._weights = _inputs_used(prepare) if prepare else []
+        self._bound: list[Tensor] = []  # the weights that constants were made of
+        self._constants: tuple[Tensor, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = bind(self.trace.function, args, kwargs)
@@ -54,17 +64,34 @@ class Compiled:
             if taker := given_up_to(leaf):
                 raise donated(path, taker)
         with torch.no_grad():
-            results = self._graph(*(leaf for _, leaf in given))
+            leaves_given = [leaf for _, leaf in given]
+            results = self._graph(*leaves_given, *self._packed(leaves_given))
         results = self._fresh([leaf for _, leaf in given], results)
         for name in self.donate:
             for leaf in leaves(arguments[name]):
                 give_up(leaf, self.trace.name)
         return rebuild(self.trace.result, results)
 
+    def _packed(self, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The constants of these weights, computed when other weights come."""
+        if self._prepare is None:
+            return ()
+        weights = [given[i] for i in self._weights]
+        same = len(weights) == len(self._bound) and all(map(operator.is_, weights, self._bound))
+        if not same or (not weights and not self._constants):
+            self._constants, self._bound = tuple(self._prepare(*given)), weights
+        return self._constants
+
     def _fresh(self, given: Sequence[Tensor], results: Sequence[Tensor]) -> list[Tensor]:
         """Results as objects of their own, for a donated object stays marked as such."""
         passed = {id(leaf) for leaf in given}
         return [result.detach() if id(result) in passed else result for result in results]
+
+
+def _inputs_used(graph: GraphModule) -> list[int]:
+    """Which inputs a graph reads."""
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    return [i for i, node in enumerate(inputs) if node.users]
 
 
 def _text(value: Any) -> str:

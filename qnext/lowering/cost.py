@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from qnext.functional.ops import PRIMITIVES
+from qnext.lowering.calls import Call, call_of
 from qnext.lowering.graph import arguments, primitive_of, scopes, site_name, sites, tensors, value
 from qnext.lowering.target import Chip
 
@@ -32,6 +33,9 @@ def cost_of(node: Node) -> Cost:
     if found := primitive_of(node):
         given = arguments(node)
         return Cost(found.flops(**given), found.bytes(**given), 1)
+    if known := call_of(node):
+        given = arguments(node)
+        return Cost(known.flops(**given), _moved(node, known, given), 1)
     name, outputs = site_name(node), tensors(value(node))
     inputs = [t for n in node.all_input_nodes for t in tensors(value(n))]
     written = sum(t.nbytes for t in outputs)
@@ -39,6 +43,12 @@ def cost_of(node: Node) -> Cost:
         return Cost(0, 2 * written + sum(t.nbytes for t in inputs[1:]), 1)
     moved = written + sum(t.nbytes for t in inputs)
     return Cost(_products(name, inputs, outputs), moved, 1)
+
+
+def _moved(node: Node, call: Call, given: dict[str, Any]) -> int:
+    if call.bytes is not None:
+        return call.bytes(**given)
+    return sum(t.nbytes for t in (*tensors(list(given.values())), *tensors(value(node))))
 
 
 def _products(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:

@@ -9,6 +9,7 @@ from torch.fx import Graph, Node
 
 from qnext.errors import LoweringError
 from qnext.functional.ops import PRIMITIVES, Primitive
+from qnext.functional.tree import fake_mode_of, map_leaves
 
 NAMESPACE = "qnext::"
 
@@ -58,7 +59,7 @@ def site_name(node: Node) -> str:
         return found.name
     schema = getattr(node.target, "_schema", None)
     if schema is not None:
-        return schema.name.removeprefix("aten::")
+        return schema.name.rpartition("::")[2]
     return getattr(node.target, "__name__", str(node.target))
 
 
@@ -99,6 +100,20 @@ def verify(graph: Graph) -> None:
             raise LoweringError(
                 f"node {node.name} ({site_name(node)}) has no shape: a rule's fault"
             )
+
+
+def propagate(graph: Graph) -> None:
+    """Compute every node's fake value anew from its inputs', after a rewrite."""
+    leaves = [t for n in graph.nodes if n.op == "placeholder" for t in tensors(value(n))]
+    with fake_mode_of(leaves), torch.no_grad():
+        for node in graph.nodes:
+            if node.op == "call_function":
+                args, kwargs = map_leaves(_value_of, (list(node.args), dict(node.kwargs)))
+                node.meta["val"] = node.target(*args, **kwargs)
+
+
+def _value_of(part: Any) -> Any:
+    return value(part) if isinstance(part, Node) else part
 
 
 def shape_text(tensor: Tensor) -> str:

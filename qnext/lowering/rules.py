@@ -1,5 +1,6 @@
 """Rules: rewrites of sites into other calls, as data; what fired and what declined, and why."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ class Match(NamedTuple):
     """What a rule takes: nodes by the names `emit` knows them by, and the nodes it replaces."""
 
     inputs: Mapping[str, Any]
-    outputs: tuple[Node, ...]  # one for each result of emit; their other users get that result
+    outputs: tuple[Node | None, ...]  # what each result of emit replaces; None: nobody uses it
+    covers: tuple[Node, ...] = ()  # other sites that go with the pattern, and share its reasons
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,10 @@ class Verdict(NamedTuple):
 def whole(node: Node) -> Match:
     """The match of a primitive by itself."""
     results = [user for user in node.users if site_name(user) == "getitem"]
+    outputs: tuple[Node | None, ...]
     if isinstance(value(node), tuple | list):
         by_index = {user.args[1]: user for user in results}
-        outputs = tuple(by_index.get(i, node) for i in range(len(value(node))))
+        outputs = tuple(by_index.get(i) for i in range(len(value(node))))
     else:
         outputs = (node,)
     return Match(dict(node.kwargs), outputs)
@@ -64,10 +67,11 @@ def rewrite(graph: Graph, rules: Sequence[Rule], target: Target) -> dict[Node, V
     primitive without a rule, and one whose rules all declined, have verdicts that say so.
     """
     verdicts: dict[Node, Verdict] = {}
+    shared: dict[Node, list[str]] = defaultdict(list)
     for node in list(sites(graph)):
         if not node.users:  # an earlier match took it
             continue
-        name, reasons = site_name(node), []
+        name, reasons = site_name(node), list(shared[node])
         for rule in (rule for rule in rules if rule.site == name):
             match = whole(node) if rule.match is None else rule.match(node)
             if match is None:
@@ -79,6 +83,8 @@ def rewrite(graph: Graph, rules: Sequence[Rule], target: Target) -> dict[Node, V
                     verdicts[new] = Verdict(name, rule.name, tuple(reasons))
                 break
             reasons.append(f"{rule.name}: {reason}")
+            for other in match.covers:
+                shared[other].append(reasons[-1])
         else:
             if not reasons and primitive_of(node):
                 reasons = ["no rule" if rules else f"{target.name} has no rules"]
@@ -105,8 +111,8 @@ def _inline(graph: Graph, root: Node, match: Match, rule: Rule) -> list[Node]:
     if len(results) != len(match.outputs):
         raise LoweringError(f"rule {rule.name} yields {len(results)}, not {len(match.outputs)}")
     for old, new in zip(match.outputs, results, strict=True):
-        _check_same(rule, old, new)
-        if old is not root or len(results) == 1:
+        if old is not None:
+            _check_same(rule, old, new)
             old.replace_all_uses_with(new)
     made = [known[n] for n in body.graph.nodes if n.op == "call_function"]
     return [node for node in made if not is_view(node)]

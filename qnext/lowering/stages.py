@@ -13,37 +13,56 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import GraphModule, Node
+import torch
+from torch.fx import Graph, GraphModule, Node
 
 from qnext.errors import LoweringError
+from qnext.functional.tree import fake_mode_of
 from qnext.lowering import text
+from qnext.lowering.calls import call_of
 from qnext.lowering.compiled import Compiled
+from qnext.lowering.constants import take_out
 from qnext.lowering.cost import analyse
-from qnext.lowering.graph import primitive_of, verify
+from qnext.lowering.donate import Write, settle
+from qnext.lowering.graph import primitive_of, propagate, value, verify
 from qnext.lowering.memory import memory
 from qnext.lowering.rules import Rule, Verdict, rewrite
+from qnext.lowering.simplify import find_static, merge_equal
 from qnext.lowering.target import Target, resolve
 from qnext.lowering.trace import Trace, bind, trace
 
 
 def jit(
-    function: Callable[..., Any], donate: str | Collection[str] = (), target: str = "reference"
+    function: Callable[..., Any],
+    donate: str | Collection[str] = (),
+    weights: str | Collection[str] = "params",
+    target: str = "reference",
 ) -> "Wrapped":
     """A function of trees, to be traced and compiled.
 
     `donate` names parameters whose tensors the function may overwrite: their memory becomes that
-    of the results, and the trees passed in must not be used again. Calling the result compiles for
-    `target` on first use and again for other shapes. Raises LoweringError.
+    of the results, and the trees passed in must not be used again. `weights` names parameters that
+    stay the same over many calls: what depends on them alone is computed once. Calling the result
+    compiles for `target` on first use and again for other shapes. Raises LoweringError.
     """
-    names = (donate,) if isinstance(donate, str) else tuple(donate)
-    return Wrapped(function, names, target)
+    return Wrapped(function, _names(donate), _names(weights), target)
+
+
+def _names(names: str | Collection[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 class Wrapped:
     """A function that can be traced, or called."""
 
-    def __init__(self, function: Callable[..., Any], donate: tuple[str, ...], target: str) -> None:
-        self.function, self.donate, self.target = function, donate, target
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        donate: tuple[str, ...],
+        weights: tuple[str, ...],
+        target: str,
+    ) -> None:
+        self.function, self.donate, self.weights, self.target = function, donate, weights, target
         self._compiled: list[Compiled] = []
 
     def trace(self, *args: Any, **kwargs: Any) -> "Traced":
@@ -54,7 +73,7 @@ class Wrapped:
                 f"donate={unknown[0]!r} is no argument of this call of {self.function.__name__}; "
                 f"its arguments are {', '.join(arguments)}"
             )
-        return Traced(trace(self.function, arguments), self.donate)
+        return Traced(trace(self.function, arguments), self.donate, self.weights)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = bind(self.function, args, kwargs)
@@ -72,6 +91,7 @@ class Traced:
 
     trace: Trace
     donate: tuple[str, ...]
+    weights: tuple[str, ...]
 
     def lower(
         self,
@@ -85,15 +105,41 @@ class Traced:
         """
         target = resolve(target) if isinstance(target, str) else target
         graph = deepcopy(self.trace.graph)
+        find_static(graph.graph)
         verdicts = rewrite(graph.graph, rules_of(target), target)
+        if target.kind != "reference":
+            merge_equal(graph.graph)
+            propagate(graph.graph)
+            alive = set(graph.graph.nodes)
+            verdicts = {node: v for node, v in verdicts.items() if node in alive}
+        _demand(verdicts, strict, require)
+        prepare, writes = None, []
+        if target.kind != "reference":
+            prepare = take_out(graph, self.weights)
+            writes = settle(graph.graph, self.donate, _writes, _copy)
         verify(graph.graph)
         graph.recompile()
-        _demand(verdicts, strict, require)
-        return Lowered(self.trace, self.donate, target, graph, verdicts)
+        return Lowered(self.trace, self.donate, target, graph, prepare, verdicts, writes)
+
+
+def _writes(node: Node) -> Collection[str]:
+    call = call_of(node)
+    return call.writes if call else ()
+
+
+def _copy(graph: Graph, pool: Node) -> Node:
+    fresh = graph.call_function(torch.ops.aten.clone.default, (pool,))
+    with fake_mode_of([value(pool)]):
+        fresh.meta["val"] = torch.empty_like(value(pool))
+    return fresh
 
 
 def rules_of(target: Target) -> tuple[Rule, ...]:
     """The rules of a target, in the order they are asked."""
+    if target.kind == "npu":
+        from qnext.lowering.npu.table import RULES
+
+        return RULES
     return ()
 
 
@@ -116,11 +162,13 @@ class Lowered:
     donate: tuple[str, ...]
     target: Target
     graph: GraphModule
+    prepare: GraphModule | None  # from the arguments to the constants that the graph takes
     verdicts: dict[Node, Verdict]
+    writes: list[Write]
 
     def as_text(self) -> str:
         """One line a site: what it is, what it became, or why no rule took it."""
-        return text.as_text(self.graph.graph, self.verdicts)
+        return text.as_text(self.graph.graph, self.verdicts, self.writes)
 
     def report(self) -> str:
         """How often each rule fired, and every site left on the reference with its reason."""
@@ -136,4 +184,9 @@ class Lowered:
 
     def compile(self) -> Compiled:
         """A callable for exactly these trees, shapes and dtypes."""
-        return Compiled(self.trace, self.donate, self.graph)
+        if self.target.kind == "npu":
+            from qnext.lowering.npu.probe import check_chip, require_torch_npu
+
+            require_torch_npu()
+            check_chip(self.target)
+        return Compiled(self.trace, self.donate, self.graph, self.prepare)

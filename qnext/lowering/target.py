@@ -71,8 +71,8 @@ class Chip:
     cores: int | None  # cube cores; None where not published
 
 
-# No maker's figure for a node of a replayed graph exists. This one is assumed, of the order of a
-# few microseconds seen in public profiles, and every page that uses it says so.
+# Assumed: neither the maker nor anybody else we found publishes what a node of a replayed graph
+# costs beside its work. Every page that uses it says so and gives the result for other values.
 LAUNCH_SECONDS = 2e-6
 
 # Ascend 910B3, the 64 GB part of Atlas 800I/800T A2: 313 TFLOP/s bf16 is what is commonly published

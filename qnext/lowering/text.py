@@ -1,22 +1,29 @@
 """A lowered step as text: one line a site, with its verdict in the margin."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 from torch.fx import Graph, Node
 
-from qnext.lowering.graph import primitive_of, scopes, shape_text, sites, tensors, value
+from qnext.lowering.calls import call_of
+from qnext.lowering.donate import Write
+from qnext.lowering.graph import primitive_of, scopes, shape_text, site_name, sites, tensors, value
 from qnext.lowering.rules import Verdict
 
 LEFT = "reference"
+COPY = Verdict("copy", None, ("of a pool that is not donated or read again",))
 
 
-def as_text(graph: Graph, verdicts: dict[Node, Verdict]) -> str:
+def as_text(graph: Graph, verdicts: dict[Node, Verdict], writes: Sequence[Write] = ()) -> str:
     """Number, what the site is, its first result, what it became, and why; parts set apart."""
     owner = scopes(graph)
+    settled = {write.node: write for write in writes}
     rows = []
     for number, node in enumerate(sites(graph)):
-        verdict = verdicts[node]
+        verdict = verdicts.get(node, COPY)
         became, why = _margin(node, verdict)
+        if write := settled.get(node):
+            why += f"; {write.verdict}: {write.reason}"
         shape = shape_text(tensors(value(node))[0])
         rows.append(((str(number), verdict.site, shape, became), why, owner[node]))
     widths = [max((len(row[i]) for row, _, _ in rows), default=0) for i in range(4)]
@@ -34,7 +41,8 @@ def as_text(graph: Graph, verdicts: dict[Node, Verdict]) -> str:
 
 def _margin(node: Node, verdict: Verdict) -> tuple[str, str]:
     if verdict.rule is not None:
-        return verdict.rule, node.name
+        call = call_of(node)
+        return verdict.rule, call.page if call else site_name(node)
     if primitive_of(node):
         return LEFT, "; ".join(verdict.reasons)
     return "torch", "; ".join(verdict.reasons)

@@ -73,7 +73,7 @@ def trace(function: Callable[..., Any], arguments: dict[str, Any]) -> Trace:
     inputs = [(path, leaf) for path, leaf in given if isinstance(leaf, Tensor)]
     cell: list[Any] = []
 
-    def flat(*values: Tensor) -> list[Tensor]:
+    def flat(*values: Tensor) -> list[Any]:
         arriving = iter(values)
         filled = [next(arriving) if isinstance(leaf, Tensor) else leaf for _, leaf in given]
         result = function(**rebuild(arguments, filled))

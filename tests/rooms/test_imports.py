@@ -54,6 +54,13 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def tops(node: ast.AST) -> list[str]:
+    """The top packages that a statement imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name.partition(".")[0] for alias in node.names]
+    return [str(node.module).partition(".")[0]] if isinstance(node, ast.ImportFrom) else []
+
+
 def within(name: str, prefixes: set[str]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
@@ -95,6 +102,20 @@ def test_a_wrong_arrow_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "qnext.functional.wrong imports torch_npu",
         "qnext.functional.wrong imports qnext.cli.main",
     ]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_torch_npu_is_imported_only_when_called(path: Path) -> None:
+    """Every other machine lacks it; the software Ascend runs where it is there."""
+    tree = ast.parse(path.read_text())
+    called = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        for inner in ast.walk(node)
+    }
+    early = [node for node in ast.walk(tree) if node not in called and "torch_npu" in tops(node)]
+    assert not early or within(name_of(path), {"qnext.lowering.softnpu"})
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

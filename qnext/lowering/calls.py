@@ -1,0 +1,91 @@
+"""Calls of a target: what rules emit. Each is one operator that stays a single node of a graph.
+
+A call is defined by a function that runs it on the target (marshalling only) and by the shapes of
+its results, so that it can be lowered to on a machine that has neither the target nor its package.
+In the graph a call that writes is a function all the same: it takes a pool and returns the pool;
+on the target it writes in place, and `donate.settle` sees to it that nobody notices.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from qnext.functional.tree import is_fake, is_tracing
+
+NAMESPACE = "qnext_calls"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_TYPES = {int: "int", float: "float", bool: "bool", list[int]: "int[]"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """The record of one call: the page that documents it, what it writes, what it costs."""
+
+    name: str
+    page: str  # the package's name for it, which is that of its page
+    run: Callable[..., Any]
+    shapes: Callable[..., Any]
+    writes: tuple[str, ...]
+    flops: Callable[..., int]
+    bytes: Callable[..., int] | None
+
+
+CALLS: dict[str, Call] = {}
+
+
+def call(
+    page: str,
+    *,
+    shapes: Callable[..., Any],
+    writes: tuple[str, ...] = (),
+    flops: Callable[..., int] = lambda **_: 0,
+    bytes: Callable[..., int] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Define a call from the function that runs it, whose arguments are all keywords.
+
+    `writes` names the arguments it overwrites; they are its last results, in that order. `bytes` is
+    what moves, where that is not every argument and every result once.
+    """
+
+    def define(run: Callable[..., Any]) -> Callable[..., Any]:
+        name = run.__name__
+
+        def kernel(**arguments: Any) -> Any:
+            faked = any(is_fake(value) for value in arguments.values())
+            return shapes(**arguments) if faked and not is_tracing() else run(**arguments)
+
+        _LIBRARY.define(name + _schema(run))
+        _LIBRARY.impl(name, kernel, "CompositeImplicitAutograd")
+        CALLS[name] = Call(name, page, run, shapes, writes, flops, bytes)
+        operator = getattr(getattr(torch.ops, NAMESPACE), name)
+        operator.__doc__ = run.__doc__
+        return operator
+
+    return define
+
+
+def call_of(node: Node) -> Call | None:
+    """The call that a node makes, if it makes one."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.name.startswith(f"{NAMESPACE}::"):
+        return None
+    return CALLS[schema.name.partition("::")[2]]
+
+
+def _schema(run: Callable[..., Any]) -> str:
+    """`(*, Tensor x, float eps) -> (Tensor, Tensor)` from a function's annotations."""
+    signature = inspect.signature(run)
+    parts = [
+        f"{_TYPES.get(parameter.annotation, 'Tensor')} {name}"
+        for name, parameter in signature.parameters.items()
+    ]
+    results = getattr(signature.return_annotation, "__args__", ())
+    outputs = f"({', '.join(['Tensor'] * len(results))})" if results else "Tensor"
+    if not results and signature.return_annotation is not Tensor:
+        raise TypeError(f"{run.__name__} must return Tensor or a tuple of Tensors")
+    return f"(*, {', '.join(parts)}) -> {outputs}"
