@@ -24,7 +24,7 @@ from qnext.lowering.compiled import Compiled
 from qnext.lowering.constants import take_out
 from qnext.lowering.cost import analyse
 from qnext.lowering.donate import Write, settle
-from qnext.lowering.graph import primitive_of, propagate, value, verify
+from qnext.lowering.graph import on_device, primitive_of, propagate, value, verify
 from qnext.lowering.memory import memory
 from qnext.lowering.rules import Rule, Verdict, rewrite
 from qnext.lowering.simplify import find_static, merge_equal
@@ -189,4 +189,8 @@ class Lowered:
 
             require_torch_npu()
             check_chip(self.target)
+            for module in (self.graph, self.prepare):
+                if module is not None:
+                    on_device(module.graph, torch.device(self.target.kind))
+                    module.recompile()
         return Compiled(self.trace, self.donate, self.graph, self.prepare)

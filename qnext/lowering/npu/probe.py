@@ -60,7 +60,7 @@ class Findings(NamedTuple):
 def require_torch_npu() -> ModuleType:
     """The package torch_npu; TargetError says in one sentence what is absent, and the way there."""
     try:
-        import torch_npu  # type: ignore[import-not-found]
+        import torch_npu
     except ModuleNotFoundError as error:
         if error.name in (None, "torch_npu"):
             raise TargetError(NEEDS_EXTRA) from None
