@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 QUESTION = Mia has 12 apples. She buys 7 more and then gives 5 to Tom. How many apples does Mia have now?
 
-.PHONY: run test test-all lint demo clean
+.PHONY: run test test-all test-npu lint demo clean
 
 run: .venv/base  ## ask the demo model a question
 	@$(BIN)/qnext generate --prompt "$$(printf 'Question: %s\nAnswer:' "$(QUESTION)")" --stop Question
@@ -14,6 +14,10 @@ test: .venv/dev  ## the default suite, minutes
 test-all: .venv/dev  ## the default suite and the slow proofs
 	$(BIN)/python -m pytest -n 2
 
+test-npu: .venv-npu/dev  ## torch_npu on the software Ascend; needs g++ on x86-64
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=1 .venv-npu/bin/python \
+		-m qnext.lowering.softnpu.device -m pytest tests/npu
+
 lint: .venv/dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -23,7 +27,7 @@ demo: .venv/dev  ## train the embedded demo model anew (docs/demo.md tells the h
 	$(BIN)/python -m examples.train_demo
 
 clean:
-	rm -rf .venv .cache build dist *.egg-info
+	rm -rf .venv .venv-npu .cache build dist *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -36,3 +40,9 @@ clean:
 .venv/dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@ .venv/base
+
+.venv-npu/dev: pyproject.toml
+	$(PYTHON) -m venv .venv-npu
+	.venv-npu/bin/python -m pip install --quiet --upgrade pip
+	.venv-npu/bin/python -m pip install --quiet --editable '.[dev,npu]'
+	@touch $@
