@@ -33,6 +33,9 @@ from qnext.functional.state import State as State
 from qnext.functional.state import fork as fork
 from qnext.functional.state import init_state as init_state
 from qnext.functional.state import select as select
+from qnext.functional.tree import place as place
+from qnext.functional.verify import commit as commit
+from qnext.functional.verify import verify as verify
 from qnext.lowering.stages import jit as jit
 
 __version__ = _version("qnext")

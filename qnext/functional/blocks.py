@@ -36,16 +36,25 @@ class Step(NamedTuple):
     context: Int[Tensor, " batch"]  # tokens visible once this call's are written
     kv_index: Int[Tensor, "batch seq"]  # pool row of each token's key and value; padding: 0
     block_table: Int[Tensor, "batch max_pages"]
-    slot: Int[Tensor, "batch 1"]  # of the recurrent state
+    slot: Int[Tensor, "batch writes"]  # of the recurrent state: one, or one for each token
     row: Int[Tensor, " batch"]  # of the convolution window,
-    offset: Int[Tensor, " batch"]  # and where in it the window begins
+    offset: Int[Tensor, " batch"]  # where in it the window begins,
+    start: Int[Tensor, " batch"]  # and by how many inputs it moves
     frequency: Float[Tensor, " pairs"]  # rotary radians per position
 
 
 def locate(
-    config: Config, state: State, past: Int[Tensor, " batch"], valid: Bool[Tensor, "batch seq"]
+    config: Config,
+    state: State,
+    past: Int[Tensor, " batch"],
+    valid: Bool[Tensor, "batch seq"],
+    each: bool = False,
 ) -> Step:
-    """The Step of a call whose valid tokens follow `past` earlier ones in each row."""
+    """The Step of a call whose valid tokens follow `past` earlier ones in each row.
+
+    With `each` the state after every token is kept: recurrent states in a slot each, and windows in
+    one row that moves by a single input, so that the window after any token lies in it.
+    """
     seq, device = valid.shape[1], past.device
     position = past[:, None] + torch.arange(seq, dtype=past.dtype, device=device)
     taken = valid.sum(1, dtype=past.dtype)
@@ -58,9 +67,10 @@ def locate(
         context=past + taken,
         kv_index=(page * PAGE + position % PAGE).where(valid, 0),
         block_table=state.block_table,
-        slot=state.slots[:, :1],
+        slot=state.slots[:, : seq if each else 1],
         row=state.rows,
         offset=state.accepted,
+        start=taken.clamp(max=1) if each else taken,
         frequency=config.rope.frequencies(config.head_dim, device),
     )
 
@@ -140,7 +150,7 @@ def delta_net(
         window=state.window,
         rows=step.row,
         offset=step.offset,
-        start=step.taken,
+        start=step.start,
     )
     query, key, value = qkv.split([hk * dk, hk * dk, hv * dv], dim=-1)
     g, beta = ops.delta_gates(a=a, b=b, A_log=p.A_log, dt_bias=p.dt_bias, valid=step.valid)

@@ -60,22 +60,28 @@ def trunk(
     state: Shaped[State],
     tokens: Int[Tensor, "batch seq"],
     lengths: Int[Tensor, " batch"],
+    each: bool = False,
 ) -> tuple[Float[Tensor, "batch seq d"], Shaped[State]]:
-    """The model without its head: hidden states [batch, seq, d] after the final norm."""
+    """The model without its head: hidden states [batch, seq, d] after the final norm.
+
+    With `each` the state after every token is kept and none is chosen yet, see `verify`.
+    """
     config = params.config
     valid = within(lengths, tokens)
-    step = locate(config, state, state.lengths, valid)
+    step = locate(config, state, state.lengths, valid, each)
     x = embedding(tokens.where(valid, 0), params.embed)
     layers = []
     for layer_params, layer_state in zip(params.layers, state.layers, strict=True):
         x, layer_state = layer(layer_params, layer_state, x, step, config)
         layers.append(layer_state)
     hidden = ops.rms_norm(x=x, weight=params.norm, eps=config.rms_norm_eps)
-    return hidden, state._replace(
-        lengths=step.context,
-        accepted=torch.zeros_like(state.accepted),
-        layers=tuple(layers),
-    )
+    state = state._replace(layers=tuple(layers))
+    if each:
+        return hidden, state
+    state = state._replace(lengths=step.context)
+    if state.slots.shape[1] > 1:  # else windows have one place to begin at, the first
+        state = state._replace(accepted=torch.zeros_like(state.accepted))
+    return hidden, state
 
 
 def unembed(

@@ -40,6 +40,11 @@ def rebuild(tree: Tree, new_leaves: list[Any]) -> Tree:
     return pytree.tree_unflatten(new_leaves, spec)
 
 
+def place(tree: Tree, device: torch.device | str) -> Tree:
+    """The same tree with its tensors on a device; those that are there already are not copied."""
+    return map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree)
+
+
 def nbytes(tree: object) -> int:
     """Bytes of all tensors of a tree, shared storage counted once."""
     sizes = {leaf.data_ptr(): leaf.nbytes for leaf in leaves(tree) if isinstance(leaf, Tensor)}

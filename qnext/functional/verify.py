@@ -1,0 +1,105 @@
+"""Verifying a draft: all its tokens in one call, and then the state after as many as were right.
+
+`verify` keeps the state after each token, `commit` says how many count. Rolling back is choosing an
+earlier index: no keys, values, windows or recurrent states are copied.
+
+    logits, pending = verify(params, state, tokens)   # tokens [batch, 1 + drafted]
+    state = commit(pending, accepted)                 # accepted [batch], 1 .. 1 + drafted
+
+(Leviathan et al., arXiv:2211.17192, verify by probability; here a caller accepts by comparison.)
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qnext.errors import CapacityError, InputError
+from qnext.functional.checks import INTEGERS, checked
+from qnext.functional.model import trunk, unembed
+from qnext.functional.params import Params
+from qnext.functional.state import State
+from qnext.functional.tree import is_concrete
+from qnext.shapes import Shaped
+
+
+@checked(least=0)
+def verify(
+    params: Shaped[Params],
+    state: Shaped[State],
+    tokens: Int[Tensor, "batch seq"],
+    lengths: Int[Tensor, " batch"],
+) -> tuple[Float[Tensor, "batch seq vocab"], Shaped[State]]:
+    """Logits [batch, seq, vocab] after each token, and a state that waits for `commit`.
+
+    The state must have been made with `draft >= seq - 1`. `lengths` [batch] marks how many tokens
+    of each row are real (default: all). The returned state holds the states after every token and
+    stands for none of them: only `commit` takes it. Raises InputError and CapacityError.
+    """
+    room, seq = state.slots.shape[1], tokens.shape[1]
+    if seq > room:
+        raise InputError(
+            f"verify was given {seq} tokens a row, this state keeps the states after {room}: "
+            f"make it with init_state(config, batch, capacity, draft={seq - 1})"
+        )
+    hidden, pending = trunk(params, state, tokens, lengths, each=True)
+    return unembed(params, hidden), pending
+
+
+def commit(state: State, accepted: Tensor) -> State:
+    """The state after the first `accepted` [batch] of the tokens that `verify` was given.
+
+    0 is right for a row that had none. Indices and lengths change, no tensor of a layer does.
+    Raises InputError for counts beyond what the state keeps, CapacityError beyond its capacity.
+    """
+    _check_accepted(state, accepted)
+    count = accepted.to(torch.int32)
+    last = (count - 1).clamp(min=0)
+    return state._replace(
+        lengths=state.lengths + count,
+        slots=_first(state.slots, last),
+        accepted=last,
+    )
+
+
+def _first(
+    slots: Int[Tensor, "batch drafts"], chosen: Int[Tensor, " batch"]
+) -> Int[Tensor, "batch drafts"]:
+    """Each row's chosen slot changes places with its first: no slot is lost or held twice."""
+    if slots.shape[1] == 1:
+        return slots
+    chosen = chosen.long()[:, None]
+    rest = torch.arange(1, slots.shape[1], device=slots.device)
+    order = torch.cat([chosen, rest.where(rest != chosen, 0)], dim=1)
+    return slots.gather(1, order)
+
+
+def _check_accepted(state: State, accepted: Tensor) -> None:
+    if (
+        not isinstance(accepted, Tensor)
+        or accepted.dtype not in INTEGERS
+        or accepted.shape != state.lengths.shape
+    ):
+        raise InputError(
+            f"accepted must be int32 or int64 [batch={state.batch}], got "
+            + (
+                f"{accepted.dtype} {list(accepted.shape)}"
+                if isinstance(accepted, Tensor)
+                else type(accepted).__name__
+            )
+        )
+    if not (is_concrete(accepted) and is_concrete(state.lengths)):
+        return
+    most = state.slots.shape[1]
+    for row, count in enumerate(accepted.tolist()):
+        if not 0 <= count <= most:
+            raise InputError(
+                f"accepted[{row}] = {count} must lie in 0..{most}, as the state keeps the states "
+                f"after {most} tokens"
+            )
+    after = (state.lengths + accepted).tolist()
+    for row, (length, room) in enumerate(zip(after, state.capacity.tolist(), strict=True)):
+        if length > room:
+            raise CapacityError(
+                f"row {row} would hold {length} tokens, but its capacity is {room}; verify fewer "
+                "tokens of it, by lengths"
+            )

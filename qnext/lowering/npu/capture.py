@@ -1,0 +1,143 @@
+"""A compiled step captured as one NPU graph: replayed without a launch from the host.
+
+A graph knows memory, not arguments. Weights, and pools that the step writes in place, are used where
+they are; every other argument has a static copy, rewritten before a replay unless what is passed is
+that copy already, as it is for a donated state that goes round. What a caller gets is a value: a
+copy, except for donated leaves, whose memory is the caller's from call to call.
+"""
+
+import json
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from qnext.errors import LoweringError
+from qnext.lowering.donate import IN_PLACE
+from qnext.lowering.graph import primitive_of, site_name
+from qnext.lowering.host import checked, updates
+from qnext.lowering.npu.probe import first_line, require_torch_npu
+from qnext.lowering.trace import bind
+
+if TYPE_CHECKING:
+    from qnext.lowering.compiled import Compiled
+
+
+class Captured:
+    """One graph of a compiled step; call it as the step itself.
+
+    `pool` is the graph's memory, to be shared with the next capture.
+    """
+
+    def __init__(self, compiled: "Compiled", arguments: dict[str, Any], pool: Any) -> None:
+        self.compiled, self.trace = compiled, compiled.trace
+        self._torch_npu = require_torch_npu()
+        given = compiled.take(arguments)
+        self._constants = compiled.packed(given)
+        fixed = _fixed(compiled)
+        self._fixed = {i: leaf for i, leaf in enumerate(given) if i in fixed}
+        # zeros: while warming up every row writes to scratch
+        self._inputs = [
+            leaf if i in fixed else torch.zeros_like(leaf) for i, leaf in enumerate(given)
+        ]
+        self._host = {a.name: [a.most] * a.rows for a in compiled.lowered.host}
+        self._updates = updates(compiled.graph.graph)
+        self._graph = torch.npu.NPUGraph()
+        self._outputs = self._capture(pool)
+        self._carried = {leaf.data_ptr() for leaf in self._inputs}
+        self.pool = self._graph.pool()
+
+    def _run(self) -> list[Tensor]:
+        lists = [self._host[a.name] for a in self.compiled.lowered.host]
+        return list(self.compiled.graph(*self._inputs, *self._constants, *lists))
+
+    def _capture(self, pool: Any) -> list[Tensor]:
+        more = {"pool": pool} if pool is not None else {}
+        try:
+            with torch.no_grad():
+                self._run()  # what is made at first use is made outside the graph
+                torch.npu.synchronize()
+                with torch.npu.graph(self._graph, auto_dispatch_capture=bool(self._host), **more):
+                    return self._run()
+        except RuntimeError as error:
+            left = {site_name(n) for n in self.compiled.graph.graph.nodes if primitive_of(n)}
+            told = f"; left on their reference are {', '.join(sorted(left))}" if left else ""
+            raise LoweringError(
+                f"{self.trace.name} cannot be captured: {first_line(error)}{told}"
+            ) from error
+
+    def __call__(
+        self, *args: Any, host: Mapping[str, Sequence[int]] | None = None, **kwargs: Any
+    ) -> Any:
+        """Put the arguments where the graph reads them, and replay; returns the step's results."""
+        arguments = bind(self.trace.function, args, kwargs)
+        self.compiled.check(arguments)
+        lists = checked(self.compiled.lowered.host, host, self.trace.name)
+        given = self.compiled.take(arguments)
+        self._check_fixed(given)
+        for static, leaf in zip(self._inputs, given, strict=True):
+            if static.data_ptr() != leaf.data_ptr():
+                static.copy_(leaf)
+        self._update(dict(zip(self._host, lists, strict=True)))
+        self.replay()
+        return self.compiled.give(arguments, [self._value(out) for out in self._outputs])
+
+    def replay(self) -> None:
+        """Run the graph on what its inputs hold. Nothing is checked, and nothing returned."""
+        self._graph.replay()
+
+    def launches(self) -> list[str]:
+        """The device's tasks in one replay, by the names in the package's own dump of the graph."""
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the dump needs no debug mode
+            file = Path(folder) / "graph.json"
+            self._graph.debug_dump(str(file))
+            dump = json.loads(file.read_text())
+        events = dump if isinstance(dump, list) else dump["traceEvents"]
+        return [event["name"] for event in events if event.get("ph") == "X"]
+
+    def _check_fixed(self, given: list[Tensor]) -> None:
+        for i, bound in self._fixed.items():
+            if given[i].data_ptr() != bound.data_ptr():
+                path = self.trace.leaves[i].path
+                raise LoweringError(
+                    f"{path} is other memory than {self.trace.name} was captured with: pass what "
+                    "the last call returned, or capture again"
+                )
+
+    def _update(self, host: dict[str, list[int]]) -> None:
+        """Give the recorded calls their lists; a replay waits for it."""
+        if self._updates:
+            self._graph.update([{word: host[name]} for name, word in self._updates])
+
+    def _value(self, output: Tensor) -> Tensor:
+        return output.detach() if output.data_ptr() in self._carried else output.clone()
+
+
+def _fixed(compiled: "Compiled") -> set[int]:
+    """The inputs that a graph uses where they are: weights, and pools that calls write."""
+    lowered = compiled.lowered
+    inputs = [node for node in lowered.graph.graph.nodes if node.op == "placeholder"]
+    written = {
+        _leaf(write.node.kwargs[write.argument])
+        for write in lowered.writes
+        if write.verdict == IN_PLACE and site_name(write.node) != "write_back"
+    }
+    roots = set(lowered.weights)
+    return {
+        i
+        for i, leaf in enumerate(lowered.trace.leaves)
+        if inputs[i] in written or leaf.path.partition(".")[0].partition("[")[0] in roots
+    }
+
+
+def _leaf(node: Any) -> Node:
+    """The input at the beginning of a chain of views and writes."""
+    while node.op == "call_function":
+        node = node.all_input_nodes[0]
+    return node
