@@ -18,6 +18,7 @@ from qnext.functional.checkpoint import save as save
 from qnext.functional.checkpoint import save_state as save_state
 from qnext.functional.config import Config as Config
 from qnext.functional.config import Precision as Precision
+from qnext.functional.generate import advance as advance
 from qnext.functional.generate import generate as generate
 from qnext.functional.generate import stream as stream
 from qnext.functional.model import decode as decode
@@ -27,15 +28,19 @@ from qnext.functional.mtp import mtp as mtp
 from qnext.functional.params import Params as Params
 from qnext.functional.params import init_params as init_params
 from qnext.functional.sampling import Sampling as Sampling
+from qnext.functional.sampling import knobs as knobs
 from qnext.functional.sampling import sample as sample
 from qnext.functional.specs import specs as specs
 from qnext.functional.state import State as State
 from qnext.functional.state import fork as fork
 from qnext.functional.state import init_state as init_state
+from qnext.functional.state import narrow as narrow
 from qnext.functional.state import select as select
+from qnext.functional.state import widen as widen
 from qnext.functional.tree import place as place
 from qnext.functional.verify import commit as commit
 from qnext.functional.verify import verify as verify
 from qnext.lowering.stages import jit as jit
+from qnext.runtime.buckets import Buckets as Buckets
 
 __version__ = _version("qnext")

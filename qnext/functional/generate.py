@@ -11,7 +11,16 @@ from qnext.errors import InputError
 from qnext.functional.checks import check_call, check_trees
 from qnext.functional.model import decode, prefill, within
 from qnext.functional.params import Params
-from qnext.functional.sampling import Sampling, count_output, count_prompt, records, sample
+from qnext.functional.sampling import (
+    Knobs,
+    Sampling,
+    count_output,
+    count_prompt,
+    draw,
+    records,
+    restrict,
+    sample,
+)
 from qnext.functional.state import State
 from qnext.shapes import Shaped
 
@@ -107,6 +116,28 @@ def stream(
         yield new, state
         if finished.all():
             return
+
+
+def advance(
+    params: Params,
+    state: State,
+    tokens: Tensor,
+    settings: Knobs | None = None,
+    filters: bool = False,
+) -> tuple[Tensor, State]:
+    """One iteration of decoding as one function: consume tokens [batch], draw the next [batch].
+
+    `settings` (`knobs([...])`) says how each row draws, None that all take the likeliest; `filters`
+    that some row has top_k, top_p or min_p, which sorts the vocabulary. The state advances, so a
+    traced iteration goes round without the host. Rows with penalties draw with `sample`.
+    """
+    logits, state = decode(params, state, tokens)
+    if settings is None:
+        return logits.argmax(-1), state
+    logits = logits.to(torch.float32)
+    if filters:
+        logits = restrict(logits, settings)
+    return draw(logits, settings, state.lengths), state
 
 
 def rest(state: Shaped[State], resting: Bool[Tensor, " batch"]) -> State:

@@ -42,7 +42,7 @@ def prefill(
 ) -> tuple[Float[Tensor, "batch vocab"], Shaped[State]]:
     """Like `forward`, but logits [batch, vocab] of each row's last valid token only."""
     hidden, state = trunk(params, state, tokens, lengths)
-    last = (lengths - 1).long()[:, None, None]
+    last = (lengths - 1).clamp(min=0).long()[:, None, None]
     return unembed(params, hidden.take_along_dim(last, dim=1).squeeze(1)), state
 
 

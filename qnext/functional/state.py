@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qnext.errors import InputError
 from qnext.functional.config import ATTENTION, PAGE, Config
@@ -157,6 +158,38 @@ def select(state: State, rows: Tensor | list[int]) -> State:
         layers=tuple(kv(s) if isinstance(s, KV) else delta(s) for s in state.layers),
         mtp_lengths=state.mtp_lengths[index],
         mtp=tuple(kv(s) for s in state.mtp),
+    )
+
+
+def widen(state: State, batch: int) -> State:
+    """The state with rows added up to `batch`, which live on scratch: nothing they do is kept.
+
+    Pools are shared, not copied. Raises InputError where the state has more rows already.
+    """
+    more = batch - state.batch
+    if more < 0:
+        raise InputError(f"the state has {state.batch} rows, they do not fit {batch}")
+    if not more:
+        return state
+    wider = _tables(state, lambda table: pad(table, (0, 0) * (table.ndim - 1) + (0, more)))
+    return wider._replace(capacity=pad(state.capacity, (0, more), value=PAGE))
+
+
+def narrow(state: State, batch: int) -> State:
+    """The first `batch` rows of a state, in the same pools: `widen` undone."""
+    return _tables(state, lambda table: table[:batch])
+
+
+def _tables(state: State, change: Callable[[Tensor], Tensor]) -> State:
+    """The state with what it holds of each sequence changed; pools stay the same."""
+    return state._replace(
+        lengths=change(state.lengths),
+        capacity=change(state.capacity),
+        block_table=change(state.block_table),
+        slots=change(state.slots),
+        rows=change(state.rows),
+        accepted=change(state.accepted),
+        mtp_lengths=change(state.mtp_lengths),
     )
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qnext.functional.ops.primitive import primitive
-from qnext.functional.ops.tolerance import ROUNDS_ONCE, randn, wide
+from qnext.functional.ops.tolerance import NORMS, ROUNDS_ONCE, randn, wide
 
 
 def _like_x(x: Tensor, **_: Any) -> Tensor:
@@ -23,7 +23,7 @@ def _rms_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
 @primitive(
     shapes=_like_x,
     flops=lambda *, x, **_: 4 * x.numel(),
-    tolerance=ROUNDS_ONCE,
+    tolerance=NORMS,
     samples=_rms_samples,
 )
 def rms_norm(
@@ -47,7 +47,7 @@ def _gated_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
 @primitive(
     shapes=_like_x,
     flops=lambda *, x, **_: 9 * x.numel(),
-    tolerance=ROUNDS_ONCE,
+    tolerance=NORMS,
     samples=_gated_samples,
 )
 def gated_rms_norm(
