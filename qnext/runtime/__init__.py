@@ -1,0 +1,1 @@
+"""Running compiled steps for many sequences: effects live here."""

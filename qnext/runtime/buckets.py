@@ -1,0 +1,132 @@
+"""Buckets: a step compiled, and on an NPU captured, for a few batch sizes.
+
+Graphs have fixed shapes. A batch runs in the smallest bucket that holds it; rows that only fill the
+bucket live on scratch, and nothing they do is kept. All buckets work on one state's pools.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from tqdm import tqdm
+
+from qnext.errors import LoweringError
+from qnext.functional.params import Params
+from qnext.functional.state import State, narrow, widen
+from qnext.functional.tree import leaves, map_leaves
+from qnext.lowering.compiled import Compiled
+from qnext.lowering.stages import jit
+from qnext.lowering.target import Target, resolve
+
+Tree = TypeVar("Tree")
+Shape = tuple[torch.Size, ...]
+
+
+class Buckets:
+    """`function(params, state, *rest)` for batches up to the greatest of `batches`.
+
+    `state` owns the pools; calls take it, or any state on the same pools, with any number of rows
+    up to the greatest bucket. `examples` are argument lists that follow params and state, a list
+    for each form (one token a row, or two to verify); the first axis of each tensor is the batch.
+    On NPU targets every bucket is captured, the largest first, into one memory pool. `strict` and
+    `host_lengths` are those of `lower`. Raises LoweringError and TargetError.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        params: Params,
+        state: State,
+        examples: Sequence[Sequence[Any]],
+        batches: Sequence[int],
+        target: str | Target = "reference",
+        strict: bool = False,
+        host_lengths: bool = False,
+        progress: bool = False,
+    ) -> None:
+        self.params, self.batches = params, sorted(set(batches))
+        if not self.batches or self.batches[0] < 1:
+            raise LoweringError(f"batches must list sizes >= 1, got {list(batches)}")
+        target = resolve(target) if isinstance(target, str) else target
+        wrapped = jit(function, donate="state")
+        forms = sorted(examples, key=_elements, reverse=True)
+        plan = [(batch, rest) for batch in reversed(self.batches) for rest in forms]
+        self._steps: dict[tuple[int, Shape], Any] = {}
+        self.pool: Any = None
+        for batch, rest in tqdm(plan, desc="buckets", unit="graph", disable=not progress):
+            arguments = (params, _rows(state, batch), *_resized(rest, batch))
+            lowered = wrapped.trace(*arguments).lower(target, strict, host_lengths=host_lengths)
+            step = self._made(lowered.compile(), arguments)
+            self._steps[batch, _form(rest)] = step
+
+    def _made(self, compiled: Compiled, arguments: tuple[Any, ...]) -> Any:
+        if compiled.lowered.target.kind != "npu":
+            return compiled
+        captured = compiled.capture(*arguments, pool=self.pool)
+        self.pool = captured.pool
+        return captured
+
+    def __call__(self, state: State, *rest: Any, host: Any = None) -> Any:
+        """The step's results for the state's rows; the state is used up, as it is donated."""
+        rows = state.batch
+        step, batch = self._step(rows, rest)
+        if host is not None:
+            each = _form(rest)[0].numel()  # tokens a row: on scratch too, a query sees its own
+            host = {name: [*values, *[each] * (batch - rows)] for name, values in host.items()}
+        more = {} if host is None else {"host": host}
+        results = step(self.params, widen(state, batch), *_resized(rest, batch), **more)
+        return _cut(results, rows)
+
+    def _step(self, rows: int, rest: Sequence[Any]) -> tuple[Any, int]:
+        form = _form(rest)
+        for batch in self.batches:
+            if batch >= rows and (batch, form) in self._steps:
+                return self._steps[batch, form], batch
+        known = sorted({str([list(s) for s in shapes]) for _, shapes in self._steps})
+        if any(form == shapes for _, shapes in self._steps):
+            raise LoweringError(
+                f"{rows} rows fit no bucket of {', '.join(map(str, self.batches))}: make one of "
+                f"{rows} or more, or split the batch"
+            )
+        raise LoweringError(
+            f"no bucket takes rows of shapes {[list(s) for s in form]}: those made take "
+            + " or ".join(known)
+        )
+
+
+def _rows(state: State, batch: int) -> State:
+    """A state of `batch` rows on the same pools, to make a bucket with."""
+    return narrow(state, batch) if state.batch > batch else widen(state, batch)
+
+
+def _resized(rest: Sequence[Any], batch: int) -> list[Any]:
+    """Arguments with rows of zeros added, or rows left out, for `batch` rows."""
+
+    def fit(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        more = batch - leaf.shape[0]
+        return leaf[:batch] if more <= 0 else pad(leaf, (0, 0) * (leaf.ndim - 1) + (0, more))
+
+    return [map_leaves(fit, tree) for tree in rest]
+
+
+def _form(rest: Sequence[Any]) -> Shape:
+    """The shapes of a row of each argument."""
+    tensors = [leaf for tree in rest for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+    return tuple(leaf.shape[1:] for leaf in tensors)
+
+
+def _elements(rest: Sequence[Any]) -> int:
+    return sum(shape.numel() for shape in _form(rest))
+
+
+def _cut(results: Tree, rows: int) -> Tree:
+    """The first rows of every result."""
+    if isinstance(results, State):
+        return narrow(results, rows)  # type: ignore[return-value]
+    if isinstance(results, tuple) and not hasattr(results, "_fields"):
+        return tuple(_cut(part, rows) for part in results)  # type: ignore[return-value]
+    return map_leaves(lambda leaf: leaf[:rows], results)
