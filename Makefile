@@ -1,6 +1,8 @@
 # Everything works on a fresh clone with Python >= 3.11 and make; the environment is made once.
 PYTHON ?= python3
 BIN = .venv/bin
+NPU = TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=1 \
+	.venv-npu/bin/python -m qnext.lowering.softnpu.device
 QUESTION = Mia has 12 apples. She buys 7 more and then gives 5 to Tom. How many apples does Mia have now?
 
 .PHONY: run test test-all test-npu lint demo clean
@@ -14,9 +16,9 @@ test: .venv/dev  ## the default suite, minutes
 test-all: .venv/dev  ## the default suite and the slow proofs
 	$(BIN)/python -m pytest -n 2
 
-test-npu: .venv-npu/dev  ## torch_npu on the software Ascend; needs g++ on x86-64
-	TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=1 .venv-npu/bin/python \
-		-m qnext.lowering.softnpu.device -m pytest tests/npu
+test-npu: .venv-npu/dev  ## torch_npu on the software Ascend, a 910B and an A3; needs g++ on x86-64
+	$(NPU) -m pytest tests/npu -n 2
+	$(NPU) --soc 9391 -m pytest tests/npu/test_steps.py tests/npu/test_errors.py -k "fused or error"
 
 lint: .venv/dev  ## ruff and mypy
 	$(BIN)/ruff check .

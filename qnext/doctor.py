@@ -16,6 +16,7 @@ from qnext.lowering.target import NPUS, TARGETS, of_device
 PROBED = (
     "attention_tnd_256",
     "chunk_delta_rule",
+    "chunk_strong_decay",
     "state_float32",
     "chunk_state_float32",
     "custom_conv",

@@ -15,7 +15,7 @@ from torch import Tensor
 import qnext as qn
 from tests.calls import World, case, config, other, world
 
-ALL = "forward prefill decode generate"
+ALL = "forward prefill decode verify generate"
 
 
 def readable(says: str) -> str:
@@ -195,7 +195,7 @@ for name, says, lengths in (
     case(
         name,
         says,
-        "forward prefill",
+        "forward prefill verify",
         error=qn.CapacityError,
         tokens=lambda t: t.repeat(1, 2),
         lengths=lengths,
@@ -267,6 +267,59 @@ for rows in ([], [2], [0, -1], [[0, 1]]):
         lambda w, r=rows: partial(qn.select, w.state, torch.tensor(r, dtype=torch.int64)),
         rf"rows must list indices within 0\.\.1, got {re.escape(str(rows))}",
     )
+
+# --- verify and commit -------------------------------------------------------------------------
+
+case(
+    "tokens beyond what the state keeps",
+    r"given 3 tokens a row, this state keeps the states after 1: .*capacity, draft=2\)",
+    "verify",
+)
+
+
+def pending(w: World, used: int = 0) -> qn.State:
+    """A verification of three tokens that waits for commit, in a state with room for 7."""
+    state = qn.verify(w.params, qn.init_state(config(), 2, 7, draft=2), w.tokens)[1]
+    return state._replace(lengths=state.lengths + used)
+
+
+MOST = r"\[{}\] = {} must lie in 0\.\.{}, as the state keeps the states after {} tokens"
+KIND = r"accepted must be int32 or int64 \[batch=2\], got {}"
+for name, says, value in (
+    ("beyond what is kept", "accepted" + MOST.format(1, 4, 3, 3), [3, 4]),
+    ("negative", "accepted" + MOST.format(0, -1, 3, 3), [-1, 3]),
+    ("beyond int32", "accepted" + MOST.format(1, 2**32 + 1, 3, 3), [1, 2**32 + 1]),
+    ("float", KIND.format(r"torch\.float32 \[2\]"), [1.0, 2.0]),
+    ("bool", KIND.format(r"torch\.bool \[2\]"), [True, False]),
+    ("of another batch", KIND.format(r"torch\.int64 \[3\]"), [1, 2, 3]),
+    ("of rank 2", KIND.format(r"torch\.int64 \[2, 1\]"), [[1], [2]]),
+    ("of rank 0", KIND.format(r"torch\.int64 \[\]"), 2),
+):
+    given = torch.tensor(value)
+    other(f"commit: accepted {name}", lambda w, g=given: partial(qn.commit, pending(w), g), says)
+for value in ([1, 2], 2, None):
+    other(
+        f"commit: accepted {type(value).__name__}",
+        lambda w, v=value: partial(qn.commit, pending(w), v),
+        KIND.format(type(value).__name__),
+        typed=True,
+    )
+other(
+    "commit: accepted beyond a state without room for drafts",
+    lambda w: partial(qn.commit, w.state, torch.tensor([1, 2])),
+    "accepted" + MOST.format(1, 2, 1, 1),
+)
+other(
+    "commit: beyond capacity",
+    lambda w: partial(qn.commit, pending(w, used=5), torch.tensor([2, 3])),
+    "row 1 would hold 8 tokens, but its capacity is 7; verify fewer tokens of it, by lengths",
+    error=qn.CapacityError,
+)
+other(
+    "advance: tokens beyond the vocabulary",
+    lambda w: partial(qn.advance, w.params, w.state, w.tokens[:, 0] + 210),
+    r"tokens\[1, 0\] = 213" + NO_ID,
+)
 
 # --- the MTP module ----------------------------------------------------------------------------
 

@@ -68,6 +68,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "forward": qn.forward,
     "prefill": qn.prefill,
     "decode": qn.decode,
+    "verify": qn.verify,
     "generate": partial(qn.generate, max_new_tokens=1),
 }
 
@@ -75,7 +76,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 def case(
     name: str,
     says: str,
-    only: str = "forward prefill generate",
+    only: str = "forward prefill verify generate",
     typed: bool = False,
     error: type[Exception] = qn.InputError,
     params: Callable[[qn.Params], Any] = lambda params: params,

@@ -33,6 +33,15 @@ class Call:
     writes: tuple[str, ...]
     flops: Callable[..., int]
     bytes: Callable[..., int] | None
+    launches: int = 1  # nodes of a captured graph
+    # a list that the package takes from the host alone, the tensor whose values it holds, and the
+    # package's name for the list
+    host: tuple[str, str, str] | None = None
+
+    @property
+    def op(self) -> Any:
+        """The `torch.ops` overload that appears as a node in graphs."""
+        return getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
 
 CALLS: dict[str, Call] = {}
@@ -45,6 +54,8 @@ def call(
     writes: tuple[str, ...] = (),
     flops: Callable[..., int] = lambda **_: 0,
     bytes: Callable[..., int] | None = None,
+    launches: int = 1,
+    host: tuple[str, str, str] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Define a call from the function that runs it, whose arguments are all keywords.
 
@@ -61,7 +72,7 @@ def call(
 
         _LIBRARY.define(name + _schema(run))
         _LIBRARY.impl(name, kernel, "CompositeImplicitAutograd")
-        CALLS[name] = Call(name, page, run, shapes, writes, flops, bytes)
+        CALLS[name] = Call(name, page, run, shapes, writes, flops, bytes, launches, host)
         operator = getattr(getattr(torch.ops, NAMESPACE), name)
         operator.__doc__ = run.__doc__
         return operator
@@ -89,3 +100,14 @@ def _schema(run: Callable[..., Any]) -> str:
     if not results and signature.return_annotation is not Tensor:
         raise TypeError(f"{run.__name__} must return Tensor or a tuple of Tensors")
     return f"(*, {', '.join(parts)}) -> {outputs}"
+
+
+@call(
+    "copy_",
+    shapes=lambda *, into, values: torch.empty_like(into),
+    writes=("into",),
+    bytes=lambda *, into, values: into.nbytes + values.nbytes,
+)
+def write_back(*, into: Tensor, values: Tensor) -> Tensor:
+    """The memory of `into`, holding `values`."""
+    return into.copy_(values)

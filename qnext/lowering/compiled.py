@@ -1,7 +1,7 @@
 """A compiled step: a callable for exactly the trees, shapes and dtypes it was made for."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qnext.lowering.stages import Lowered
 
 SHOWN = 8  # differences an error lists
-Host = Mapping[str, Sequence[int]]
+Host = Any  # None or {name: integers}; checked by `host.checked`, whose errors say more
 
 
 class Compiled:
@@ -28,16 +28,14 @@ class Compiled:
     values as `host={"context": [17, 4, 230]}`.
     """
 
-    def __init__(
-        self, lowered: "Lowered", graph: GraphModule, prepare: GraphModule | None
-    ) -> None:
+    def __init__(self, lowered: "Lowered", graph: GraphModule, prepare: GraphModule | None) -> None:
         self.lowered, self.trace, self.donate = lowered, lowered.trace, lowered.donate
         self.graph, self._prepare = graph, prepare
         self._weights = _inputs_used(prepare) if prepare else []
         self._bound: list[Tensor] = []  # the weights that constants were made of
         self._constants: tuple[Tensor, ...] = ()
 
-    def __call__(self, *args: Any, host: Host | None = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, host: Host = None, **kwargs: Any) -> Any:
         arguments = bind(self.trace.function, args, kwargs)
         self.check(arguments)
         return self.call(arguments, host)
@@ -98,7 +96,7 @@ class Compiled:
             if isinstance(leaf, Tensor) and leaf.device.type != kind
         ]
 
-    def call(self, arguments: dict[str, Any], host: Host | None = None) -> Any:
+    def call(self, arguments: dict[str, Any], host: Host = None) -> Any:
         """Run on arguments that fit."""
         lists = checked(self.lowered.host, host, self.trace.name)
         given = self.take(arguments)

@@ -6,11 +6,13 @@ are used, and this pass moves them into a graph of their own, run when a step is
 
 from collections.abc import Collection
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
-from qnext.lowering.graph import is_view, scope_of, value
+from qnext.lowering.graph import insert, is_view, scope_of, value
 
-PACKED = "packed"  # what constants are called among the step's inputs
+PACKED = "packed"  # what constants made of weights are called among the step's inputs,
+FREE = "constant"  # and those made of nothing
 
 
 def take_out(module: GraphModule, weights: Collection[str]) -> GraphModule:
@@ -35,18 +37,30 @@ def take_out(module: GraphModule, weights: Collection[str]) -> GraphModule:
     for node in wanted:
         with graph.inserting_before(first):
             packed = graph.placeholder(f"packed_{node.name}")
-        packed.meta = {"val": value(node), "path": f"{PACKED}{scope_of_constant(node)}.{node.name}"}
+        packed.meta = {"val": value(node), "path": f"{_origin(node)}.{node.name}"}
         node.replace_all_uses_with(packed)
+        _keep_to_itself(graph, packed)
     graph.eliminate_dead_code()
     module.recompile()
     return GraphModule(module, prepare)
 
 
-def scope_of_constant(node: Node) -> str:
-    """The part of the model that a constant's weights belong to."""
-    while node.op != "placeholder" and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return scope_of(node.meta["path"]) if node.op == "placeholder" else ""
+def _keep_to_itself(graph: Graph, packed: Node) -> None:
+    """A constant that is a result is returned as a copy: whoever gets it may donate it."""
+    for output in [user for user in packed.users if user.op == "output"]:
+        with graph.inserting_before(output):
+            fresh = insert(graph, torch.ops.aten.clone.default, packed)
+        output.replace_input_with(packed, fresh)
+
+
+def _origin(node: Node) -> str:
+    """The part of the model that a constant's weights belong to, if it has any."""
+    seen = [node]
+    for each in seen:
+        if each.op == "placeholder":
+            return PACKED + scope_of(each.meta["path"])
+        seen += each.all_input_nodes
+    return FREE
 
 
 def _constant(graph: Graph, weights: Collection[str]) -> set[Node]:

@@ -12,7 +12,8 @@ from qnext.lowering.calls import Call, call_of
 from qnext.lowering.graph import arguments, primitive_of, scopes, site_name, sites, tensors, value
 from qnext.lowering.target import Chip
 
-PRODUCTS = {"linear", "matmul", "mm", "addmm", "bmm"}
+PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm"}
+ADDED = {"addmm", "baddbmm"}  # their first input is what the product is added to
 SELECTS = {"embedding", "gather", "index_select", "index", "take_along_dim"}
 
 
@@ -35,14 +36,14 @@ def cost_of(node: Node) -> Cost:
         return Cost(found.flops(**given), found.bytes(**given), 1)
     if known := call_of(node):
         given = arguments(node)
-        return Cost(known.flops(**given), _moved(node, known, given), 1)
+        return Cost(known.flops(**given), _moved(node, known, given), known.launches)
     name, outputs = site_name(node), tensors(value(node))
     inputs = [t for n in node.all_input_nodes for t in tensors(value(n))]
     written = sum(t.nbytes for t in outputs)
     if name in SELECTS:  # only the chosen rows move
         return Cost(0, 2 * written + sum(t.nbytes for t in inputs[1:]), 1)
     moved = written + sum(t.nbytes for t in inputs)
-    return Cost(_products(name, inputs, outputs), moved, 1)
+    return Cost(_products(name, node, outputs), moved, 1)
 
 
 def _moved(node: Node, call: Call, given: dict[str, Any]) -> int:
@@ -51,11 +52,13 @@ def _moved(node: Node, call: Call, given: dict[str, Any]) -> int:
     return sum(t.nbytes for t in (*tensors(list(given.values())), *tensors(value(node))))
 
 
-def _products(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+def _products(name: str, node: Node, outputs: list[Tensor]) -> int:
     made = sum(t.numel() for t in outputs)
     if name not in PRODUCTS:
         return made
-    return 2 * made * inputs[-2 if name == "addmm" else 0].shape[-1]
+    left = node.args[1 if name in ADDED else 0]
+    assert isinstance(left, Node)
+    return 2 * made * value(left).shape[-1]
 
 
 def analyse(graph: Graph, chip: Chip | None) -> dict[str, Any]:
@@ -115,21 +118,23 @@ def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def kinds_of(by_site: list[dict[str, Any]]) -> dict[str, str]:
-    """A name for each part's kind: `delta_rule+experts`, `attention+experts`, `shared`.
+    """A name for each part's kind: `delta_rule+short_conv`, `attention+rotary`, `shared`.
 
-    Parts with the same sites are of one kind, named by the two heaviest primitives that some other
-    kind lacks (or by its heaviest, where there is only one kind).
+    A part is named by the two heaviest sites that some part of its family (`.layers`) lacks, or by
+    its heaviest where all are alike; primitives, where there are any, before other operations.
     """
-    sequence: dict[str, list[str]] = defaultdict(list)
-    weight: dict[str, int] = defaultdict(int)
+    weight: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for row in by_site:
-        sequence[row["part"]].append(row["site"])
-        weight[row["site"]] += row["flops"] + row["bytes"]
-    models = {tuple(s) for part, s in sequence.items() if part and PRIMITIVES.keys() & set(s)}
-    common = set.intersection(*map(set, models)) if len(models) > 1 else set()
+        weight[row["part"]][row["site"]] += row["flops"] + row["bytes"]
+    family: dict[str, list[set[str]]] = defaultdict(list)
+    for part, sites_of_part in weight.items():
+        family[part.partition("[")[0]].append(set(sites_of_part))
+    common = {name: set.intersection(*parts) for name, parts in family.items()}
 
-    def name(sites_of_part: tuple[str, ...]) -> str:
-        own = (set(sites_of_part) - common) & PRIMITIVES.keys() or set(sites_of_part)
-        return "+".join(sorted(own, key=lambda site: (-weight[site], site))[:2])
+    def name(part: str) -> str:
+        mine = weight[part]
+        own = (mine.keys() - common[part.partition("[")[0]]) or mine.keys()
+        own = own & PRIMITIVES.keys() or own
+        return "+".join(sorted(own, key=lambda site: (-mine[site], site))[:2])
 
-    return {part: name(tuple(s)) if part else "shared" for part, s in sequence.items()}
+    return {part: name(part) if part else "shared" for part in weight}

@@ -6,13 +6,13 @@ place: the pool is a donated leaf, or memory made in the step itself, and nothin
 value afterwards. Else the pool is copied before, and the text says so.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from operator import getitem
 from typing import NamedTuple
 
 from torch.fx import Graph, Node
 
-from qnext.lowering.graph import is_view
+from qnext.lowering.graph import is_view, value
 
 IN_PLACE = "in place"
 
@@ -52,6 +52,38 @@ def settle(
     return decided
 
 
+def carry(
+    graph: Graph,
+    successors: Mapping[int, int],
+    donated: Collection[str],
+    writes_of: Callable[[Node], Collection[str]],
+    write_back: Callable[[Graph, Node, Node], Node],
+) -> None:
+    """Put the next values of donated leaves into their memory, at the end of the step.
+
+    So a state stays where it is from step to step, and a captured graph finds it there. Pools are
+    there already, as calls write them in place; what this moves are lengths and indices.
+    `successors` maps places among the results to places among the inputs.
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    results = list(output.args[0])
+    for place, source in successors.items():
+        leaf, result = inputs[source], results[place]
+        maker = _owner(result)
+        maker = maker.all_input_nodes[0] if _is_result(maker) else maker
+        if maker.op == "placeholder" or writes_of(maker):
+            continue
+        with graph.inserting_before(output):
+            moved = write_back(graph, leaf, result)
+        order = {node: at for at, node in enumerate(graph.nodes)}
+        if _obstacle(moved, leaf, order, donated) is None:
+            results[place] = moved
+            output.args = (results,)
+        else:
+            graph.erase_node(moved)
+
+
 def _obstacle(
     node: Node, pool: Node, order: dict[Node, int], donated: Collection[str]
 ) -> str | None:
@@ -78,7 +110,11 @@ def _owner(node: Node) -> Node:
 
 def _is_result(node: Node) -> bool:
     """Whether a node is one of several results of its parent: memory of its own."""
-    return node.target is getitem and isinstance(node.all_input_nodes[0].meta["val"], tuple | list)
+    return (
+        node.op == "call_function"
+        and node.target is getitem
+        and isinstance(value(node.all_input_nodes[0]), tuple | list)
+    )
 
 
 def _readers(source: Node) -> list[Node]:

@@ -12,6 +12,7 @@ from qnext.functional.ops import PRIMITIVES, Primitive
 from qnext.functional.tree import fake_mode_of, map_leaves
 
 NAMESPACE = "qnext::"
+NOWHERE = ("constant.", "host.")  # inputs that say nothing of the part they are used in
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -85,6 +86,7 @@ def scopes(graph: Graph) -> dict[Node, str]:
     owner, current = {}, ""
     for node in sites(graph):
         leaves = [parent for parent in node.all_input_nodes if parent.op == "placeholder"]
+        leaves = [leaf for leaf in leaves if not leaf.meta["path"].startswith(NOWHERE)]
         found = [(scope_of(leaf.meta["path"]), len(leaf.users)) for leaf in leaves]
         if told := [scope for scope, readers in found if scope or readers == 1]:
             current = max(told, key=len)
@@ -102,14 +104,29 @@ def verify(graph: Graph) -> None:
             )
 
 
+def insert(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """A new node with its fake value, at the place where the graph inserts now."""
+    node = graph.call_function(target, args, kwargs)
+    _evaluate(node, fake_mode_of(_leaves(graph)))
+    return node
+
+
+def _leaves(graph: Graph) -> list[Tensor]:
+    return [t for n in graph.nodes if n.op == "placeholder" for t in tensors(value(n))]
+
+
+def _evaluate(node: Node, mode: Any) -> None:
+    with mode, torch.no_grad():
+        args, kwargs = map_leaves(_value_of, (list(node.args), dict(node.kwargs)))
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
 def propagate(graph: Graph) -> None:
     """Compute every node's fake value anew from its inputs', after a rewrite."""
-    leaves = [t for n in graph.nodes if n.op == "placeholder" for t in tensors(value(n))]
-    with fake_mode_of(leaves), torch.no_grad():
-        for node in graph.nodes:
-            if node.op == "call_function":
-                args, kwargs = map_leaves(_value_of, (list(node.args), dict(node.kwargs)))
-                node.meta["val"] = node.target(*args, **kwargs)
+    mode = fake_mode_of(_leaves(graph))
+    for node in graph.nodes:
+        if node.op == "call_function":
+            _evaluate(node, mode)
 
 
 def _value_of(part: Any) -> Any:
@@ -125,7 +142,25 @@ def shape_text(tensor: Tensor) -> str:
 
 
 def on_device(graph: Graph, device: torch.device) -> None:
-    """Make every node that creates a tensor create it on `device`."""
-    for node in graph.nodes:
-        if node.op == "call_function" and isinstance(node.kwargs.get("device"), torch.device):
+    """Make a graph run on `device`.
+
+    What depends on no input is still computed on the host, as the reference computes it, and moved:
+    a device's own power or cosine would give another table of angles.
+    """
+    free: set[Node] = set()
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if free.issuperset(node.all_input_nodes):
+            free.add(node)
+        elif isinstance(node.kwargs.get("device"), torch.device):
             node.kwargs = {**node.kwargs, "device": device}
+    for node in free:
+        bound = [user for user in node.users if user not in free]
+        if bound:
+            with graph.inserting_after(node):
+                moved = graph.call_function(
+                    torch.ops.aten._to_copy.default, (node,), {"device": device}
+                )
+            for user in bound:
+                user.replace_input_with(node, moved)

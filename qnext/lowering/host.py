@@ -66,15 +66,14 @@ def updates(graph: Graph) -> list[tuple[str, str]]:
     return order
 
 
-def checked(
-    wanted: Sequence[HostArgument], given: Mapping[str, Sequence[int]] | None, name: str
-) -> list[list[int]]:
+def checked(wanted: Sequence[HostArgument], given: Any, function: str) -> list[list[int]]:
     """The lists for a call, in order; LoweringError names what is absent or out of range."""
     given = {} if given is None else given
-    if given.keys() != {argument.name for argument in wanted}:
+    if not isinstance(given, Mapping) or given.keys() != {argument.name for argument in wanted}:
         names = ", ".join(f"{a.name!r}: [{a.rows} integers]" for a in wanted)
         need = f"call it with host={{{names}}}" if wanted else "it takes none"
-        raise LoweringError(f"{name} was given host arguments {sorted(given)}: {need}")
+        told = sorted(given) if isinstance(given, Mapping) else repr(given)
+        raise LoweringError(f"{function} was given host arguments {told}: {need}")
     return [_checked(argument, given[argument.name]) for argument in wanted]
 
 
@@ -86,4 +85,3 @@ def _checked(argument: HostArgument, values: Any) -> list[int]:
             f"got {values!r}"
         )
     return list(values)
-

@@ -5,12 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from qnext.errors import LoweringError
 from qnext.functional.tree import map_leaves, record_call
+from qnext.lowering.calls import call_of
 from qnext.lowering.graph import is_view, primitive_of, site_name, sites, tensors, value
 from qnext.lowering.target import Target
+
+OTHER_PATTERN = "another pattern"  # the reason of a rule whose pattern does not end at a site
 
 
 class Match(NamedTuple):
@@ -75,12 +78,15 @@ def rewrite(graph: Graph, rules: Sequence[Rule], target: Target) -> dict[Node, V
         for rule in (rule for rule in rules if rule.site == name):
             match = whole(node) if rule.match is None else rule.match(node)
             if match is None:
-                reasons.append(f"{rule.name}: another pattern")
+                reasons.append(f"{rule.name}: {OTHER_PATTERN}")
                 continue
             reason = rule.guard(target, **_values(match.inputs))
             if reason is None:
-                for new in _inline(graph, node, match, rule):
-                    verdicts[new] = Verdict(name, rule.name, tuple(reasons))
+                body = _body(match, rule)
+                reason = _lacking(body, target)
+            if reason is None:
+                verdict = Verdict(name, rule.name, tuple(reasons))  # one for all that it made
+                verdicts |= dict.fromkeys(_inline(graph, node, match, rule, body), verdict)
                 break
             reasons.append(f"{rule.name}: {reason}")
             for other in match.covers:
@@ -98,13 +104,24 @@ def _values(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return map_leaves(lambda v: value(v) if isinstance(v, Node) else v, dict(inputs))
 
 
-def _inline(graph: Graph, root: Node, match: Match, rule: Rule) -> list[Node]:
-    """Put what `emit` does in place of the matched nodes; returns the new sites."""
-    names = [k for k, v in match.inputs.items() if isinstance(v, Node)]
+def _body(match: Match, rule: Rule) -> GraphModule:
+    """What `emit` does with the matched inputs, as a graph of its own."""
+    given = {k: value(v) for k, v in match.inputs.items() if isinstance(v, Node)}
     fixed = {k: v for k, v in match.inputs.items() if not isinstance(v, Node)}
-    body = record_call(rule.emit, {k: value(match.inputs[k]) for k in names}, fixed)
+    return record_call(rule.emit, given, fixed)
+
+
+def _lacking(body: GraphModule, target: Target) -> str | None:
+    """Why the target cannot make some call of a body: the installed package has no such call."""
+    pages = (found.page for node in body.graph.nodes if (found := call_of(node)))
+    return next((reason for page in pages if (reason := target.lacks(page))), None)
+
+
+def _inline(graph: Graph, root: Node, match: Match, rule: Rule, body: GraphModule) -> list[Node]:
+    """Put the body in place of the matched nodes; returns the new sites."""
+    inputs = [v for v in match.inputs.values() if isinstance(v, Node)]
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-    known = {p: match.inputs[k] for p, k in zip(placeholders, names, strict=True)}
+    known: dict[Node, Node] = dict(zip(placeholders, inputs, strict=True))
     with graph.inserting_before(root):
         results = graph.graph_copy(body.graph, known)  # fills `known`: node of the body -> copy
     results = results if isinstance(results, tuple | list) else (results,)

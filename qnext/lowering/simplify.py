@@ -1,4 +1,4 @@
-"""Passes that change no value: static values known from shapes alone, and common nodes once."""
+"""Passes that change no value: what shapes alone determine, and common nodes once."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from qnext.functional.tree import map_leaves
-from qnext.lowering.graph import tensors, value
+from qnext.lowering.graph import insert, site_name, tensors, value
 
 SMALL = 1 << 16  # elements; greater static values are left to be computed on the device
 SHAPE_ONLY = {"aten::ones_like", "aten::zeros_like", "aten::full_like"}
@@ -42,6 +42,58 @@ def _static(part: Any) -> Any:
 def static_of(node: Any) -> Tensor | None:
     """A node's value where shapes alone determine it."""
     return node.meta.get("static") if isinstance(node, Node) else None
+
+
+def fold(graph: Graph) -> None:
+    """Use what `find_static` found: constants depend on no argument, and idle operations go.
+
+    A choice whose condition is known everywhere is one of its branches, and adding known zeros is
+    nothing. What is left of a constant is a creation from its shape.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(value(node), Tensor):
+            continue
+        known = static_of(node)
+        if known is not None and node.all_input_nodes and _uniform(known):
+            _replace(graph, node, _filled(graph, node, known))
+        elif known is None and (same := _idle(node)) is not None:
+            node.replace_all_uses_with(same)
+    graph.eliminate_dead_code()
+
+
+def _uniform(known: Tensor) -> bool:
+    return known.numel() > 0 and bool((known == known.flatten()[0]).all())
+
+
+def _filled(graph: Graph, node: Node, known: Tensor) -> Node:
+    fake, fill = value(node), known.flatten()[0].item()
+    options = {"dtype": fake.dtype, "device": fake.device, "pin_memory": False}
+    with graph.inserting_before(node):
+        made = insert(graph, torch.ops.aten.full.default, list(known.shape), fill, **options)
+    made.meta["static"] = known
+    return made
+
+
+def _replace(graph: Graph, old: Node, new: Node) -> None:
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
+
+
+def _idle(node: Node) -> Node | None:
+    """The input that a node passes on unchanged, if shapes tell so."""
+    same: Any = None
+    if site_name(node) == "where" and (known := static_of(node.args[0])) is not None:
+        same = node.args[1] if known.all() else node.args[2] if not known.any() else None
+    elif site_name(node) == "add" and not node.kwargs:
+        a, b = node.args
+        if (known := static_of(b)) is not None and not known.any():
+            same = a
+        elif (known := static_of(a)) is not None and not known.any():
+            same = b
+    if not isinstance(same, Node):
+        return None
+    was, now = value(node), value(same)
+    return same if (was.shape, was.dtype) == (now.shape, now.dtype) else None
 
 
 def merge_equal(graph: Graph) -> None:

@@ -8,26 +8,27 @@
 A trace and a lowered step need neither weights nor a device.
 """
 
+import inspect
 from collections.abc import Callable, Collection
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from qnext.errors import LoweringError
-from qnext.functional.tree import fake_mode_of
 from qnext.lowering import text
-from qnext.lowering.calls import call_of
+from qnext.lowering.calls import CALLS, call_of
 from qnext.lowering.compiled import Compiled
 from qnext.lowering.constants import take_out
 from qnext.lowering.cost import analyse
-from qnext.lowering.donate import Write, settle
-from qnext.lowering.graph import on_device, primitive_of, propagate, value, verify
+from qnext.lowering.donate import Write, carry, settle
+from qnext.lowering.graph import insert, on_device, primitive_of, propagate, verify
+from qnext.lowering.host import HOST, HostArgument, take_host_arguments
 from qnext.lowering.memory import memory
 from qnext.lowering.rules import Rule, Verdict, rewrite
-from qnext.lowering.simplify import find_static, merge_equal
+from qnext.lowering.simplify import find_static, fold, merge_equal
 from qnext.lowering.target import Target, resolve
 from qnext.lowering.trace import Trace, bind, trace
 
@@ -36,7 +37,7 @@ def jit(
     function: Callable[..., Any],
     donate: str | Collection[str] = (),
     weights: str | Collection[str] = "params",
-    target: str = "reference",
+    target: str | Target = "reference",
 ) -> "Wrapped":
     """A function of trees, to be traced and compiled.
 
@@ -60,8 +61,13 @@ class Wrapped:
         function: Callable[..., Any],
         donate: tuple[str, ...],
         weights: tuple[str, ...],
-        target: str,
+        target: str | Target,
     ) -> None:
+        if HOST in inspect.signature(function).parameters:
+            raise LoweringError(
+                f"{function.__name__} has an argument {HOST!r}, which is what compiled steps call "
+                "their host arguments: name it otherwise"
+            )
         self.function, self.donate, self.weights, self.target = function, donate, weights, target
         self._compiled: list[Compiled] = []
 
@@ -98,28 +104,41 @@ class Traced:
         target: str | Target = "reference",
         strict: bool = False,
         require: Collection[str] = (),
+        host_lengths: bool = False,
     ) -> "Lowered":
         """Rewrite by the target's rules. Nothing falls back in silence: `report()` tells all.
 
-        `strict` makes any primitive left on its reference an error, `require` those it names.
+        `strict` makes any primitive left on its reference an error, `require` those it names. With
+        `host_lengths` attention takes exact lengths as host arguments of the compiled step, where
+        the target can; otherwise a bound from shapes and a mask made on the device.
         """
         target = resolve(target) if isinstance(target, str) else target
+        target = replace(target, host_lengths=True) if host_lengths else target
         graph = deepcopy(self.trace.graph)
         find_static(graph.graph)
-        verdicts = rewrite(graph.graph, rules_of(target), target)
+        if target.kind != "reference":
+            fold(graph.graph)
+        rules, passes = rules_of(target)
+        verdicts = rewrite(graph.graph, rules, target)
+        _demand(verdicts, strict, require)
+        prepare: GraphModule | None = None
+        writes: list[Write] = []
+        host: tuple[HostArgument, ...] = ()
         if target.kind != "reference":
             merge_equal(graph.graph)
             propagate(graph.graph)
-            alive = set(graph.graph.nodes)
-            verdicts = {node: v for node, v in verdicts.items() if node in alive}
-        _demand(verdicts, strict, require)
-        prepare, writes = None, []
-        if target.kind != "reference":
+            for each in passes:
+                each(graph.graph)
+            merge_equal(graph.graph)
             prepare = take_out(graph, self.weights)
+            host = take_host_arguments(graph.graph)
+            following = self.trace.successors(self.donate)
+            carry(graph.graph, following, self.donate, _writes, _write_back)
             writes = settle(graph.graph, self.donate, _writes, _copy)
         verify(graph.graph)
         graph.recompile()
-        return Lowered(self.trace, self.donate, target, graph, prepare, verdicts, writes)
+        parts = (graph, prepare, verdicts, writes, host)
+        return Lowered(self.trace, self.donate, self.weights, target, *parts)
 
 
 def _writes(node: Node) -> Collection[str]:
@@ -128,19 +147,20 @@ def _writes(node: Node) -> Collection[str]:
 
 
 def _copy(graph: Graph, pool: Node) -> Node:
-    fresh = graph.call_function(torch.ops.aten.clone.default, (pool,))
-    with fake_mode_of([value(pool)]):
-        fresh.meta["val"] = torch.empty_like(value(pool))
-    return fresh
+    return insert(graph, torch.ops.aten.clone.default, pool)
 
 
-def rules_of(target: Target) -> tuple[Rule, ...]:
-    """The rules of a target, in the order they are asked."""
+def _write_back(graph: Graph, leaf: Node, result: Node) -> Node:
+    return insert(graph, CALLS["write_back"].op, into=leaf, values=result)
+
+
+def rules_of(target: Target) -> tuple[tuple[Rule, ...], tuple[Callable[[Graph], None], ...]]:
+    """The rules of a target in the order they are asked, and the passes that follow them."""
     if target.kind == "npu":
-        from qnext.lowering.npu.table import RULES
+        from qnext.lowering.npu.table import PASSES, RULES
 
-        return RULES
-    return ()
+        return RULES, PASSES
+    return (), ()
 
 
 def _demand(verdicts: dict[Node, Verdict], strict: bool, require: Collection[str]) -> None:
@@ -160,11 +180,13 @@ class Lowered:
 
     trace: Trace
     donate: tuple[str, ...]
+    weights: tuple[str, ...]
     target: Target
     graph: GraphModule
     prepare: GraphModule | None  # from the arguments to the constants that the graph takes
     verdicts: dict[Node, Verdict]
     writes: list[Write]
+    host: tuple[HostArgument, ...]  # what the step takes from the host beside its arguments
 
     def as_text(self) -> str:
         """One line a site: what it is, what it became, or why no rule took it."""
@@ -183,14 +205,23 @@ class Lowered:
         return memory(self.graph.graph, self.trace, self.donate)
 
     def compile(self) -> Compiled:
-        """A callable for exactly these trees, shapes and dtypes."""
+        """A callable for exactly these trees, shapes and dtypes.
+
+        Raises TargetError where torch_npu, CANN or the target's chip is absent.
+        """
         if self.target.kind == "npu":
             from qnext.lowering.npu.probe import check_chip, require_torch_npu
 
             require_torch_npu()
             check_chip(self.target)
-            for module in (self.graph, self.prepare):
-                if module is not None:
-                    on_device(module.graph, torch.device(self.target.kind))
-                    module.recompile()
-        return Compiled(self.trace, self.donate, self.graph, self.prepare)
+        prepare = self.prepare if self.prepare is None else self._placed(self.prepare)
+        return Compiled(self, self._placed(self.graph), prepare)
+
+    def _placed(self, module: GraphModule) -> GraphModule:
+        """The graph on the target's device; this one stays as it is."""
+        if self.target.kind == "reference":
+            return module
+        module = deepcopy(module)
+        on_device(module.graph, torch.device(self.target.kind))
+        module.recompile()
+        return module

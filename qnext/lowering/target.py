@@ -25,11 +25,14 @@ class Facts(NamedTuple):
     attention_tnd_256: bool = False
     # npu_chunk_gated_delta_rule is there; some CANN builds lack it
     chunk_delta_rule: bool = True
+    # and is right for decays beyond the -1 <= g <= 0 that it documents and most models leave: a
+    # build that divides exponentials gives 0 / 0 (docs/precision.md). Only a probe may say yes
+    chunk_strong_decay: bool = False
     # the recurrent delta rule takes a float32 state; only the newest CANN documents it
     state_float32: bool = False
     # the chunked one does; documented for the 950 alone
     chunk_state_float32: bool = False
-    # a one-launch causal convolution of width 4: "sgl" is sgl-kernel-npu's causal_conv1d_update,
+    # a one-launch causal convolution of width 4: "sgl" is sgl-kernel-npu's causal_conv1d,
     # "vllm" is vllm-ascend's npu_causal_conv1d_custom, None the composition of torch_npu's calls
     custom_conv: Literal["sgl", "vllm"] | None = None
     # tokens a row of one call of the recurrent delta rule: beyond it rows silently get no output
@@ -126,6 +129,7 @@ class Target:
     kind: Literal["reference", "npu"]
     chip: Chip | None = None  # None: the reference, which has no chip
     facts: Facts = DEFAULTS
+    host_lengths: bool = False  # a choice: attention reads exact lengths, arguments from the host
 
     def with_facts(self, **facts: Any) -> "Target":
         """This target with some facts decided otherwise; an unknown or ill-typed one raises."""

@@ -8,20 +8,30 @@ from torch.fx import Graph, Node
 from qnext.lowering.calls import call_of
 from qnext.lowering.donate import Write
 from qnext.lowering.graph import primitive_of, scopes, shape_text, site_name, sites, tensors, value
-from qnext.lowering.rules import Verdict
+from qnext.lowering.rules import OTHER_PATTERN, Verdict
 
 LEFT = "reference"
-COPY = Verdict("copy", None, ("of a pool that is not donated or read again",))
+ADDED = {
+    "clone": Verdict("copy", None, ("so that memory which somebody else may read stays as it is",)),
+    "write_back": Verdict("carry", "carry", ()),
+}
 
 
 def as_text(graph: Graph, verdicts: dict[Node, Verdict], writes: Sequence[Write] = ()) -> str:
-    """Number, what the site is, its first result, what it became, and why; parts set apart."""
+    """Number, what the site is, its first result, what it became, and why; parts set apart.
+
+    Where a rule took what others declined, the first such line tells their reasons.
+    """
     owner = scopes(graph)
+    told: set[Verdict] = set()
     settled = {write.node: write for write in writes}
     rows = []
     for number, node in enumerate(sites(graph)):
-        verdict = verdicts.get(node, COPY)
+        verdict = verdicts.get(node) or ADDED[site_name(node)]
         became, why = _margin(node, verdict)
+        if verdict.rule is not None and verdict not in told and (reasons := _reasons(verdict)):
+            why += f"; {reasons}"
+            told.add(verdict)
         if write := settled.get(node):
             why += f"; {write.verdict}: {write.reason}"
         shape = shape_text(tensors(value(node))[0])
@@ -42,21 +52,30 @@ def as_text(graph: Graph, verdicts: dict[Node, Verdict], writes: Sequence[Write]
 def _margin(node: Node, verdict: Verdict) -> tuple[str, str]:
     if verdict.rule is not None:
         call = call_of(node)
-        return verdict.rule, call.page if call else site_name(node)
+        with_bias = site_name(node) == "linear" and len(node.args) == 3
+        torch_name = site_name(node) + (" with bias" if with_bias else "")
+        return verdict.rule, call.page if call else torch_name
     if primitive_of(node):
         return LEFT, "; ".join(verdict.reasons)
     return "torch", "; ".join(verdict.reasons)
 
 
+def _reasons(verdict: Verdict) -> str:
+    """Why rules whose pattern was there declined."""
+    return "; ".join(told for told in verdict.reasons if not told.endswith(OTHER_PATTERN))
+
+
 def report(verdicts: dict[Node, Verdict]) -> str:
-    """How often each rule fired, and each site left with its reasons, counted."""
-    fired: Counter[tuple[str, str]] = Counter()
-    left: Counter[tuple[str, str]] = Counter()
-    for node, verdict in verdicts.items():
+    """How often each rule fired, and each site left, with the reasons of rules that declined."""
+    applied = {id(verdict): (node, verdict) for node, verdict in verdicts.items()}
+    fired: Counter[str] = Counter()
+    left: Counter[str] = Counter()
+    for node, verdict in applied.values():
+        reasons = _reasons(verdict)
+        why = f" ({reasons})" if reasons else ""
         if verdict.rule is not None:
-            fired[verdict.rule, verdict.site] += 1
+            fired[f"{verdict.site}: {verdict.rule}{why}"] += 1
         elif primitive_of(node):
-            left[verdict.site, "; ".join(verdict.reasons)] += 1
-    lines = [f"{n:5}  {site}: {rule}" for (rule, site), n in sorted(fired.items())]
-    lines += [f"{n:5}  {site}: {LEFT} ({why})" for (site, why), n in sorted(left.items())]
-    return "\n".join(lines)
+            left[f"{verdict.site}: {LEFT}{why}"] += 1
+    rows = [*sorted(fired.items()), *sorted(left.items())]
+    return "\n".join(f"{count:5}  {told}" for told, count in rows)

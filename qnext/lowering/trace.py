@@ -1,7 +1,7 @@
 """Tracing: a pure function of trees becomes a graph over its leaves, on shapes alone."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qnext.errors import LoweringError
-from qnext.functional.tree import fake_mode, leaves, leaves_with_paths, rebuild, record
+from qnext.functional.tree import (
+    fake_mode,
+    leaves,
+    leaves_with_paths,
+    rebuild,
+    record,
+    same_structure,
+)
 
 
 class Leaf(NamedTuple):
@@ -43,6 +50,38 @@ class Trace:
     @property
     def name(self) -> str:
         return self.function.__name__
+
+    def successors(self, names: Collection[str]) -> dict[int, int]:
+        """Where the next values of some arguments are: place among the results -> among the inputs.
+
+        An argument's next value is the result of the same structure, shapes and dtypes.
+        """
+        results = self.result if type(self.result) in (tuple, list) else (self.result,)
+        found: dict[int, int] = {}
+        at_input = 0
+        for name, tree in self.arguments.items():
+            at_output, mine = 0, tensors_of(tree)
+            for result in results:
+                next_ones = leaves(result)
+                if name in names and _alike(tree, result) and at_output not in found:
+                    places = range(len(next_ones))
+                    found |= {at_output + i: at_input + i for i in places}
+                    break
+                at_output += len(next_ones)
+            at_input += len(mine)
+        return found
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The tensors among a tree's leaves."""
+    return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _alike(tree: Any, other: Any) -> bool:
+    pairs = zip(leaves(tree), leaves(other), strict=False)
+    return same_structure(tree, other) and all(
+        isinstance(a, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs
+    )
 
 
 def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def test_without_torch_npu(
     assert "missing: torch_npu is not installed: pip install 'qnext[npu]'" in out
     assert f"{'target':<20} reference" in out
     assert f"{'chunk_delta_rule':<20} ?      not probed; lowering assumes yes\n" in out
+    assert f"{'chunk_strong_decay':<20} ?      not probed; lowering assumes no\n" in out
     assert f"{'state_float32':<20} ?      not probed; lowering assumes yes on npu:950" in out
 
 

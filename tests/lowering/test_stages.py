@@ -150,3 +150,11 @@ def test_gradients_are_not_recorded() -> None:
         leaf.requires_grad_()
     logits, _ = qn.jit(qn.decode)(params, state, tokens)
     assert not logits.requires_grad
+
+
+def test_an_argument_called_host_is_refused() -> None:
+    def wrong(host: torch.Tensor) -> torch.Tensor:
+        return host
+
+    with pytest.raises(qn.LoweringError, match="wrong has an argument 'host', which is what comp"):
+        qn.jit(wrong)

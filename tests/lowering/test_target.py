@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from qnext.errors import QnextError, TargetError
-from qnext.lowering.npu import probe
+from qnext.functional.ops import short_conv
+from qnext.lowering.npu import custom, probe
 from qnext.lowering.target import NPUS, TARGETS, Facts, of_device, resolve
 
 
@@ -220,9 +221,35 @@ def test_facts_where_calls_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sgl", "vllm"])
-def test_a_registered_convolution_is_found(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    space, operator, _ = probe.CONVS[kind]
-    assert probe._find_conv()[0] is None
-    monkeypatch.setattr(torch.ops, space, type("Space", (), {operator: None})(), raising=False)
+def test_a_convolution_is_taken_when_it_is_right(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(monkeypatch, "Ascend910B3")
+    absent = "sgl_kernel_npu is not installed; vllm_ascend is not installed"
+    assert probe._find_conv() == (None, ("custom_conv", False, absent))
+    to = torch.Tensor.to
+
+    def here(tensor: torch.Tensor, *place: Any) -> torch.Tensor:
+        return tensor if place == ("npu",) else to(tensor, *place)
+
+    def registered(asked: str) -> None:
+        if asked != kind:
+            raise TargetError(f"{asked} is not installed")
+
+    def right(*, moves_by_one: bool, **given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return short_conv(**given)
+
+    def wrong(*, offset: torch.Tensor, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return right(offset=0 * offset, **given)  # as if nothing had been accepted
+
+    monkeypatch.setattr(torch.Tensor, "to", here)
+    monkeypatch.setattr(custom, "operator", registered)
+    name = custom.PACKAGES[kind].name
+    monkeypatch.setitem(custom.EMITS, kind, right)
+    assert probe._find_conv() == (
+        kind,
+        ("custom_conv", True, f"{name} ran and gave the right result"),
+    )
+    monkeypatch.setitem(custom.EMITS, kind, wrong)
     conv, row = probe._find_conv()
-    assert (conv, row.holds) == (kind, True) and operator in row.reason
+    assert conv is None and f"{name}: wrong result: off by" in row.reason

@@ -110,6 +110,23 @@ PLAIN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "linear": lambda x, n, i: F.linear(x, x[:2], x[0, :2]),
     "addmm": lambda x, n, i: torch.addmm(x[:, :3], x, x.t()),
     "bmm": lambda x, n, i: x[None].expand(2, 3, 4) @ x.t()[None].expand(2, 4, 3),
+    "scalar to a power": lambda x, n, i: 2.0**x,
+    "eye": lambda x, n, i: torch.eye(3, device=x.device) + x.sum(),
+    "bincount": lambda x, n, i: n.flatten().bincount(minlength=20),
+    "index copy": lambda x, n, i: x.index_copy(0, i, x[:2]),
+    "solve triangular": lambda x, n, i: torch.linalg.solve_triangular(
+        x[:, :3].tril(-1), x, upper=False, unitriangular=True
+    ),
+    "solve from the right": lambda x, n, i: torch.linalg.solve_triangular(
+        x[:, :3].triu(1), x.t(), upper=True, left=False, unitriangular=True
+    ),
+    "attention": lambda x, n, i: F.scaled_dot_product_attention(
+        x.repeat(2, 16, 16).view(2, 6, 8, 64) / 9,
+        x.repeat(2, 16, 8).view(2, 6, 4, 64)[:, :2] / 7,
+        x.repeat(2, 16, 8).view(2, 6, 4, 64)[:, 4:] / 5,
+        (n.repeat(1, 8).view(1, 1, 8, 12) % 3 != 1)[..., :4],
+        enable_gqa=True,
+    ),
     "einsum": lambda x, n, i: torch.einsum("ij,kj->ik", x, x[:2]),
 }
 

@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import re
 from typing import Any
 
 import pytest
 import torch
 
+import qnext as qn
 from qnext import doctor
 from qnext.cli import main
 from qnext.errors import TargetError
@@ -15,6 +17,9 @@ from qnext.lowering.target import TARGETS, Facts, of_device, resolve
 
 if importlib.util.find_spec("torch_npu") is None:
     pytest.skip("needs torch_npu: make test-npu", allow_module_level=True)
+
+from qnext.lowering.softnpu import bridge
+from tests.npu.models import case, here, params
 
 
 def rows() -> dict[str, probe.Row]:
@@ -83,6 +88,41 @@ def test_a_wrong_result_is_a_no(call: str, fact: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(package, call, wrong)
     row = rows()[fact]
     assert not row.holds and row.reason.startswith("wrong result: off by nan")
+
+
+def test_a_chunk_call_that_divides_is_not_right_for_strong_decay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prefill takes the call where the probe says so, and the theorem where it does not."""
+    traced = qn.jit(qn.prefill).trace(*case("prefill", params("fused")).arguments)
+
+    def rule() -> str:
+        facts = probe.device_facts().facts._asdict()
+        report = traced.lower(resolve(here().name, **facts)).report()
+        return next(line for line in report.splitlines() if "delta_rule: " in line)
+
+    assert rows()["chunk_strong_decay"].holds, rows()["chunk_strong_decay"]
+    assert "delta_rule: delta_chunks" in rule()
+    monkeypatch.setitem(bridge.CAPABILITIES, "chunk_divides", True)
+    assert rows()["chunk_delta_rule"].holds  # without decay it is right
+    told = "wrong result: off by nan, allowed 0.0156"
+    assert rows()["chunk_strong_decay"] == ("chunk_strong_decay", False, told)
+    assert "delta_rule: delta_theorem" in rule()
+    assert "this CANN's chunk call is not known to be right for g < -1" in rule()
+
+
+def test_a_chunk_call_that_clamps_decay_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = probe.require_torch_npu()
+    right = package.npu_chunk_gated_delta_rule
+
+    def clamped(*args: Any, g: torch.Tensor, **named: Any) -> Any:
+        return right(*args, g=g.clamp(min=-1), **named)
+
+    monkeypatch.setattr(package, "npu_chunk_gated_delta_rule", clamped)
+    assert rows()["chunk_delta_rule"].holds
+    row = rows()["chunk_strong_decay"]
+    off = re.fullmatch(r"wrong result: off by (\S+), allowed 0.0156", row.reason)
+    assert not row.holds and off and float(off[1]) > 0.2
 
 
 def test_a_missing_call_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

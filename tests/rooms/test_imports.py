@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "qnext.lowering": LOWERING,
     "qnext.lowering.npu": LOWERING | {"torch_npu"},
     "qnext.lowering.softnpu": {"torch", "torch_npu", "qnext.lowering.softnpu"},
+    "qnext.runtime": {"torch", "tqdm", "qnext.errors", "qnext.functional", "qnext.lowering"},
     "qnext.doctor": {"torch", "qnext.errors", "qnext.lowering"},
     "qnext.cli": {"torch", "qnext"},
     "qnext": {"qnext"},

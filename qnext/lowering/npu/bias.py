@@ -35,7 +35,9 @@ def _ride(graph: Graph, total: Node, part: Node, vector: Node) -> None:
     columns = _columns(part, product)
     fits = value(vector).shape[0] == value(part).shape[-1] == columns.end - columns.begin
     same = value(vector).dtype == value(part).dtype == value(total).dtype
-    others = (user for user, seen in _readers(product) if user is not total and _meet(seen, columns))
+    others = (
+        user for user, seen in _readers(product) if user is not total and _meet(seen, columns)
+    )
     if not fits or not same or any(True for _ in others):
         return
     with graph.inserting_before(product):

@@ -1,6 +1,6 @@
 """The torch_npu calls that rules emit; each marshals arguments to one call of the package.
 
-Pages: op-plugin's documentation of each name; formulas and limits in docs/npu.md.
+Pages: op-plugin's documentation of each name. docs/lowering.md tells what blocks they make.
 """
 
 from typing import Any
@@ -114,6 +114,7 @@ def npu_recurrent_gated_delta_rule(
     "npu_chunk_gated_delta_rule",
     shapes=lambda *, value, state, **_: (_like(value), _like(state)),
     flops=lambda *, value, state, **_: 8 * value.shape[0] * state[0].numel(),
+    launches=2,  # the package copies the state before
 )
 def npu_chunk_gated_delta_rule(
     *,
@@ -139,14 +140,35 @@ def npu_chunk_gated_delta_rule(
     )
 
 
+def _attended(*, query: Tensor, key_pool: Tensor, bound: int) -> int:
+    """Bytes of queries, results, and `bound` keys and values a row."""
+    row = key_pool[0, 0].numel() * key_pool.itemsize
+    return 2 * query.nbytes + 2 * query.shape[0] * bound * row
+
+
+def _attend(
+    query: Tensor, key_pool: Tensor, value_pool: Tensor, scale: float, **more: Any
+) -> Tensor:
+    pages, page, hkv, hd = key_pool.shape
+    return _npu().npu_fused_infer_attention_score_v2(
+        query,
+        key_pool.view(pages, page, hkv * hd),
+        value_pool.view(pages, page, hkv * hd),
+        num_query_heads=query.shape[2],
+        num_key_value_heads=hkv,
+        softmax_scale=scale,
+        input_layout="BSND",
+        block_size=page,
+        **more,
+    )[0]
+
+
 @call(
     "npu_fused_infer_attention_score_v2",
     shapes=lambda *, query, **_: _like(query),
     flops=lambda *, query, bound, **_: 4 * query.numel() * bound,
     bytes=lambda *, query, key_pool, mask, bound, **_: (
-        2 * query.nbytes
-        + mask.nbytes
-        + 2 * query.shape[0] * bound * key_pool[0, 0].numel() * key_pool.itemsize
+        mask.nbytes + _attended(query=query, key_pool=key_pool, bound=bound)
     ),
 )
 def npu_fused_attention(
@@ -164,21 +186,54 @@ def npu_fused_attention(
     mask [batch, 1, seq, bound] marks what a query must not see; it is made on the device, so no
     length comes to the host.
     """
-    pages, page, hkv, hd = key_pool.shape
-    return _npu().npu_fused_infer_attention_score_v2(
+    return _attend(
         query,
-        key_pool.view(pages, page, hkv * hd),
-        value_pool.view(pages, page, hkv * hd),
+        key_pool,
+        value_pool,
+        scale,
         atten_mask=mask,
         actual_seq_kvlen=[bound] * query.shape[0],
         block_table=block_table,
-        num_query_heads=query.shape[2],
-        num_key_value_heads=hkv,
-        softmax_scale=scale,
-        input_layout="BSND",
         sparse_mode=0,
-        block_size=page,
-    )[0]
+    )
+
+
+@call(
+    "npu_fused_infer_attention_score_v2",
+    shapes=lambda *, query, **_: _like(query),
+    flops=lambda *, query, lengths, **_: 4 * query.numel() * max(lengths),
+    bytes=lambda *, query, key_pool, lengths, **_: _attended(
+        query=query, key_pool=key_pool, bound=max(lengths)
+    ),
+    launches=3,  # under capture an event is waited for and reset before: see NPUGraph.update
+    host=("lengths", "context", "actual_seq_kvlen"),
+)
+def npu_fused_attention_lengths(
+    *,
+    query: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_table: Tensor,
+    context: Tensor,
+    causal: Tensor,
+    lengths: list[int],
+    scale: float,
+) -> Tensor:
+    """The same with exact lengths, which the call takes from the host alone.
+
+    `lengths` are the values of context [batch]; the caller knows them. causal [2048, 2048] is the
+    one mask of right-down causal attention, for any number of queries.
+    """
+    masked = {"atten_mask": causal, "sparse_mode": 3} if query.shape[1] > 1 else {}
+    return _attend(
+        query,
+        key_pool,
+        value_pool,
+        scale,
+        actual_seq_kvlen=lengths,
+        block_table=block_table,
+        **masked,
+    )
 
 
 @call(
@@ -246,6 +301,20 @@ def npu_finalize_routing(*, rows: Tensor, weight: Tensor, where: Tensor) -> Tens
     """Each token's weighted sum of its experts' rows, float32, in the order of its choices."""
     return _npu().npu_moe_finalize_routing(
         rows, None, None, None, weight, where, None, drop_pad_mode=2
+    )
+
+
+@call(
+    "npu_moe_finalize_routing",
+    shapes=lambda *, onto, **_: _like(onto),
+    flops=lambda *, rows, **_: 2 * rows.numel(),
+)
+def npu_finalize_routing_onto(
+    *, rows: Tensor, weight: Tensor, where: Tensor, onto: Tensor
+) -> Tensor:
+    """The same, added to `onto` before the one rounding."""
+    return _npu().npu_moe_finalize_routing(
+        rows, onto, None, None, weight, where, None, drop_pad_mode=2
     )
 
 

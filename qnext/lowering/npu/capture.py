@@ -1,15 +1,14 @@
 """A compiled step captured as one NPU graph: replayed without a launch from the host.
 
-A graph knows memory, not arguments. Weights, and pools that the step writes in place, are used where
-they are; every other argument has a static copy, rewritten before a replay unless what is passed is
-that copy already, as it is for a donated state that goes round. What a caller gets is a value: a
-copy, except for donated leaves, whose memory is the caller's from call to call.
+A graph knows memory, not arguments. Weights, and pools that the step writes in place, are used
+where they are; every other argument has a static copy, rewritten before a replay unless what is
+passed is that copy already, as it is for a donated state that goes round. What a caller gets is a
+value: a copy, except for donated leaves, whose memory is the caller's from call to call.
 """
 
 import json
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +35,7 @@ class Captured:
 
     def __init__(self, compiled: "Compiled", arguments: dict[str, Any], pool: Any) -> None:
         self.compiled, self.trace = compiled, compiled.trace
-        self._torch_npu = require_torch_npu()
+        self._npu = require_torch_npu().npu
         given = compiled.take(arguments)
         self._constants = compiled.packed(given)
         fixed = _fixed(compiled)
@@ -47,7 +46,7 @@ class Captured:
         ]
         self._host = {a.name: [a.most] * a.rows for a in compiled.lowered.host}
         self._updates = updates(compiled.graph.graph)
-        self._graph = torch.npu.NPUGraph()
+        self._graph = self._npu.NPUGraph()
         self._outputs = self._capture(pool)
         self._carried = {leaf.data_ptr() for leaf in self._inputs}
         self.pool = self._graph.pool()
@@ -61,8 +60,8 @@ class Captured:
         try:
             with torch.no_grad():
                 self._run()  # what is made at first use is made outside the graph
-                torch.npu.synchronize()
-                with torch.npu.graph(self._graph, auto_dispatch_capture=bool(self._host), **more):
+                self._npu.synchronize()
+                with self._npu.graph(self._graph, auto_dispatch_capture=bool(self._host), **more):
                     return self._run()
         except RuntimeError as error:
             left = {site_name(n) for n in self.compiled.graph.graph.nodes if primitive_of(n)}
@@ -71,9 +70,7 @@ class Captured:
                 f"{self.trace.name} cannot be captured: {first_line(error)}{told}"
             ) from error
 
-    def __call__(
-        self, *args: Any, host: Mapping[str, Sequence[int]] | None = None, **kwargs: Any
-    ) -> Any:
+    def __call__(self, *args: Any, host: Any = None, **kwargs: Any) -> Any:
         """Put the arguments where the graph reads them, and replay; returns the step's results."""
         arguments = bind(self.trace.function, args, kwargs)
         self.compiled.check(arguments)

@@ -31,8 +31,9 @@ def l2_pair(*, x: Tensor, start: int, heads: int, width: int, eps: float) -> tup
 
 
 def gated_norm(*, x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
-    """Norm, silu, product."""
-    return calls.npu_rms_norm(x=x, gamma=weight.float(), eps=eps) * silu(gate)
+    """silu(gate) * norm is a swiglu of the two side by side: silu is not rounded on its own."""
+    normed = calls.npu_rms_norm(x=x, gamma=weight.float(), eps=eps)
+    return calls.npu_swiglu(x=torch.cat([gate, normed], dim=-1))
 
 
 def join(*, x: Tensor, **weights: Tensor) -> tuple[Tensor, ...]:
@@ -57,10 +58,13 @@ def conv(
     """
     batch, seq, channels = x.shape
     kept, taps = window.shape[1], weight.shape[1]
-    past = (rows * kept + offset)[:, None] + torch.arange(
-        taps - 1, dtype=rows.dtype, device=rows.device
-    )
-    before = window.flatten(0, 1).index_select(0, past.flatten()).view(batch, taps - 1, channels)
+    if kept == taps - 1:  # a window has no other place to begin at
+        before = window.index_select(0, rows)
+    else:
+        past = (rows * kept + offset)[:, None] + torch.arange(
+            taps - 1, dtype=rows.dtype, device=rows.device
+        )
+        before = window.flatten(0, 1).index_select(0, past.flatten()).unflatten(0, (batch, -1))
     furthest = 1 if moves_by_one else seq
     missing = max(furthest + kept - (taps - 1 + seq), 0)
     beyond = [x.new_zeros(batch, missing, channels)] if missing else []
@@ -81,8 +85,12 @@ def conv(
 def delta_gates(
     *, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, valid: Tensor, padded: bool
 ) -> tuple[Tensor, Tensor]:
-    """Four launches, and two more where padding must be an identity update."""
-    g = softplus(a + dt_bias) * (-A_log.exp())
+    """Four launches, and two more where padding must be an identity update.
+
+    dt_bias is added in the dtype of a: the sum may then ride on the projection that makes a
+    (`qnext.lowering.npu.bias`), and rounds once either way.
+    """
+    g = softplus(a + dt_bias.to(a.dtype)) * (-A_log.exp())
     beta = b.sigmoid()
     if padded:
         g, beta = g.where(valid[..., None], 0), beta.where(valid[..., None], 0)
@@ -146,14 +154,24 @@ def delta_chunks(
 
 
 def rotary(
-    *, query: Tensor, key: Tensor, position: Tensor, frequency: Tensor, factor: float
+    *, query: Tensor, key: Tensor, position: Tensor, frequency: Tensor, factor: float, bound: int
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of this call's positions, in float32, are the table; row i is token i."""
-    angle = position.flatten()[:, None].to(frequency.dtype) * frequency
+    """The call looks positions up in a table of cosines and sines, made once, from float32 angles.
+
+    `bound` is beyond every position, 0 where none is known: then the table holds the positions of
+    this call, made in every step.
+    """
+    places = position.flatten()
+    if bound:  # padding, and rows that rest on scratch, may lie beyond
+        places = places.clamp(max=bound - 1)
+    known = torch.arange(bound, dtype=places.dtype, device=places.device) if bound else places
+    angle = known[:, None].to(frequency.dtype) * frequency
     table = torch.cat([angle.cos(), angle.sin()], dim=-1)
     table = (table if factor == 1 else table * factor).to(query.dtype)
+    if not bound:
+        places = torch.arange(table.shape[0], dtype=places.dtype, device=places.device)
     q, k = calls.npu_mrope(
-        position=torch.arange(table.shape[0], dtype=torch.int32, device=query.device),
+        position=places,
         query=query.flatten(0, 1).flatten(1),
         key=key.flatten(0, 1).flatten(1),
         table=table,
@@ -197,6 +215,32 @@ def attention(
         block_table=block_table,
         mask=seen > position[:, None, :, None],
         bound=bound,
+        scale=scale,
+    )
+
+
+def attention_lengths(
+    *,
+    query: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_table: Tensor,
+    position: Tensor,
+    context: Tensor,
+    scale: float,
+    padded: bool,
+) -> Tensor:
+    """Exact lengths, handed in by the host at each call; until then, as many as there are pages."""
+    bound = block_table.shape[1] * key_pool.shape[1]
+    square = torch.ones(2048, 2048, dtype=torch.bool, device=query.device)
+    return calls.npu_fused_attention_lengths(
+        query=query,
+        key_pool=key_pool,
+        value_pool=value_pool,
+        block_table=block_table,
+        context=context,
+        causal=square.triu(1),
+        lengths=[bound] * query.shape[0],
         scale=scale,
     )
 

@@ -104,6 +104,34 @@ def convolution(node: Node) -> Match | None:
     return Match({**match.inputs, "moves_by_one": moves_by_one}, match.outputs)
 
 
+def rotary(node: Node) -> Match:
+    """A rotation; `bound` is what the attention that sees the query has pages for, or 0."""
+    match = whole(node)
+    query = match.outputs[0]
+    attention = None if query is None else only_user(query, "attention")
+    bound = 0
+    if attention is not None:
+        table, pool = value(argument(attention, "block_table")), argument(attention, "key_pool")
+        bound = table.shape[1] * value(pool).shape[1]
+    return Match({**match.inputs, "bound": bound}, match.outputs)
+
+
+def attention(node: Node) -> Match:
+    """Attention; `padded` tells whether some query may be invalid, as far as shapes tell."""
+    match = whole(node)
+    context, position = argument(node, "context"), argument(node, "position")
+    return Match({**match.inputs, "padded": not _covers(context, position)}, match.outputs)
+
+
+def _covers(context: Node, position: Node) -> bool:
+    """Whether context is the first position plus one for each of a row's: context = past + seq."""
+    if site_name(context) != "add":
+        return False
+    known = [static_of(arg) for arg in context.args]
+    taken = next((k for k in known if k is not None), None)
+    return taken is not None and bool((taken == value(position).shape[1]).all())
+
+
 def gates(node: Node) -> Match | None:
     """The gates; `padded` tells whether some position may be invalid."""
     known = static_of(argument(node, "valid"))

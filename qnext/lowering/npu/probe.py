@@ -4,17 +4,19 @@ Releases of CANN differ in ways no version number tells, so a fact is decided by
 it runs, with a result known beforehand, or its reason is kept. Nothing here prints a traceback.
 """
 
-import importlib
 import importlib.metadata
-import importlib.util
 import re
 from collections.abc import Callable
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch.nn.functional import normalize
 
 from qnext.errors import TargetError
+from qnext.functional.ops import short_conv
+from qnext.functional.ops.delta_rule import delta_scan
+from qnext.lowering.npu import custom
 from qnext.lowering.target import Facts, Target, of_device
 
 NEEDS_EXTRA = "torch_npu is not installed: pip install 'qnext[npu]'"
@@ -37,11 +39,6 @@ CALLS = (
 # float32 holds it and bf16 rounds it to 1; a float32 state is off by less than TINY, as no sum of
 # these probes has two terms
 KEPT, TINY = 1 + 2**-12, 2**-20
-# custom_conv -> (namespace, operator, the module whose import registers it)
-CONVS: dict[Literal["sgl", "vllm"], tuple[str, str, str]] = {
-    "sgl": ("npu", "causal_conv1d_update", "sgl_kernel_npu"),
-    "vllm": ("_C_ascend", "npu_causal_conv1d_custom", "vllm_ascend.vllm_ascend_C"),
-}
 
 
 class Row(NamedTuple):
@@ -143,6 +140,7 @@ def device_facts() -> Findings:
     probes = {
         "attention_tnd_256": ("npu_fused_infer_attention_score_v2", _try_attention),
         "chunk_delta_rule": ("npu_chunk_gated_delta_rule", _try_chunk),
+        "chunk_strong_decay": ("npu_chunk_gated_delta_rule", _try_strong_decay),
         "state_float32": ("npu_recurrent_gated_delta_rule", _try_float32_state),
         "chunk_state_float32": ("npu_chunk_gated_delta_rule", _try_chunk_float32_state),
     }
@@ -235,6 +233,38 @@ def _try_chunk(torch_npu: ModuleType, dtype: torch.dtype = torch.bfloat16) -> st
     return kept or _differs(out.cpu(), value, 2**-6) or _differs(state, want, 2**-6)
 
 
+def _try_strong_decay(torch_npu: ModuleType) -> str:
+    """Two rows of 70 tokens, log decays from -6 to -4 each, beside the definition on the host.
+
+    A chunk of 64 decays by e^-320 and more, which float32 cannot hold: formulas that divide by it
+    give NaN. One that clamps at the documented -1 errs by as much as the result is large.
+    """
+    rows, seq, heads, dim = 2, 70, 2, 128
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    query, key = (normalize(drawn(rows, seq, heads, dim), dim=-1).bfloat16() for _ in range(2))
+    value, first = drawn(rows, seq, 2 * heads, dim).bfloat16(), drawn(rows, 2 * heads, dim, dim)
+    g = -4 - 2 * torch.rand(rows, seq, 2 * heads, generator=generator)
+    beta, first = drawn(rows, seq, 2 * heads).sigmoid().bfloat16(), first.bfloat16()
+    lengths = torch.full((rows,), seq, dtype=torch.int32)
+    flat = (x.flatten(0, 1).to("npu") for x in (query, key, value))
+    out, last = torch_npu.npu_chunk_gated_delta_rule(
+        *flat,
+        beta=beta.flatten(0, 1).to("npu"),
+        initial_state=first.to("npu"),
+        actual_seq_lengths=lengths.to("npu"),
+        scale=1.0,
+        g=g.flatten(0, 1).to("npu"),
+    )
+    q, k, v, b, memory = (x.float() for x in (query, key, value, beta, first))
+    want, state = delta_scan(q, k, v, g, b, memory, each=False)
+    # bf16 roundings at every stage come to half a percent (docs/precision.md)
+    return _strays(out.cpu().view_as(want), want, 2**-6) or _strays(last.cpu(), state, 2**-6)
+
+
 def _try_chunk_float32_state(torch_npu: ModuleType) -> str:
     return _try_chunk(torch_npu, torch.float32)
 
@@ -282,23 +312,44 @@ def _differs(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> str:
     )
 
 
-def _find_conv() -> tuple[Literal["sgl", "vllm"] | None, Row]:
-    """Which package's convolution of width 4 is registered; its operator is looked up, not run."""
-    absent = []
-    for kind, (space, operator, module) in CONVS.items():
-        note = _import_quietly(module)
-        if hasattr(getattr(torch.ops, space), operator):
-            return kind, Row("custom_conv", True, f"torch.ops.{space}.{operator} is registered")
-        absent.append(f"{module.partition('.')[0]} {note or f'registers no {operator}'}")
-    return None, Row("custom_conv", False, "; ".join(absent))
+def _strays(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> str:
+    """The same of a result as a whole: relative RMS."""
+    apart = (got.float() - want.float()).norm() / want.float().norm()
+    return _differs(apart, torch.zeros(()), tolerance)
 
 
-def _import_quietly(module: str) -> str:
-    """Import an optional package for the operators it registers; says what hindered it."""
-    try:
-        if importlib.util.find_spec(module.partition(".")[0]) is None:
-            return "is not installed"
-        importlib.import_module(module)
-    except Exception as error:  # any: it is somebody else's package, and optional
-        return f"does not import: {first_line(error)}"
-    return ""
+def _find_conv() -> tuple[custom.Kind | None, Row]:
+    """The first package whose convolution of width 4 runs and gives the right result."""
+    reasons = []
+    for kind, package in custom.PACKAGES.items():
+        try:
+            with torch.no_grad():
+                wrong = _try_conv(kind)
+                require_torch_npu().npu.synchronize()
+            reason = f"{package.name}: {wrong}" if wrong else ""
+        except TargetError as error:
+            reason = first_line(error)
+        except Exception as error:  # any: as in _probe
+            reason = f"{package.name} refuses: {first_line(error)}"
+        if not reason:
+            return kind, Row("custom_conv", True, f"{package.name} ran and gave the right result")
+        reasons.append(reason)
+    return None, Row("custom_conv", False, "; ".join(reasons))
+
+
+def _try_conv(kind: custom.Kind) -> str:
+    """Two rows take three tokens, after 3 and 1 accepted ones: a window at a wrong place shows."""
+    custom.operator(kind)  # what is absent says so before the device is asked for anything
+    sample = {
+        "x": _values(2, 3, 32),
+        "weight": _values(1, 32, 4)[0] / 4,
+        "window": _values(6, 5, 32),
+        "rows": torch.tensor([4, 1], dtype=torch.int32),
+        "offset": torch.tensor([2, 0], dtype=torch.int32),
+        "start": torch.ones(2, dtype=torch.int32),
+    }
+    want, windows = short_conv(**sample)
+    there = {name: tensor.to("npu") for name, tensor in sample.items()}
+    out, pool = custom.EMITS[kind](**there, moves_by_one=True)
+    # two bf16 roundings of values up to 1; windows are copies
+    return _differs(out.cpu(), want, 2**-6) or _differs(pool.cpu(), windows, 0.0)

@@ -82,6 +82,9 @@ _runtime = ctypes.CDLL("libascendcl.so", mode=ctypes.RTLD_GLOBAL)
 _runtime.softnpu_option.restype = ctypes.c_char_p
 _opapi.softnpu_executor.restype = ctypes.c_void_p
 _opapi.softnpu_executor.argtypes = [ctypes.c_int64, ctypes.c_char_p]
+_opapi.softnpu_execute.argtypes = [
+    *(ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p)
+]
 _COUNT = ctypes.c_int64.in_dll(_opapi, "softnpu_count").value
 _TABLE = (ctypes.c_void_p * _COUNT).in_dll(_opapi, "softnpu_table")
 _SLOTS = {
@@ -89,7 +92,12 @@ _SLOTS = {
     for slot, name in enumerate((ctypes.c_char_p * _COUNT).in_dll(_opapi, "softnpu_names"))
 }
 # what a later CANN can and the documented one cannot; a test may switch one on
-CAPABILITIES = {"attention_tnd_256": False, "state_float32": False}
+CAPABILITIES = {
+    "attention_tnd_256": False,
+    "state_float32": False,
+    # rather an incapability: the chunked delta rule divides exponentials, as its first kernel did
+    "chunk_divides": False,
+}
 
 
 def counters() -> Counters:
@@ -139,12 +147,25 @@ def _tensor(handle: int | None) -> torch.Tensor | None:
     it = _Tensor.from_address(handle)
     if it.dtype not in DTYPES:
         raise Refused(f"no dtype of number {it.dtype} here")
-    dtype, shape, strides = DTYPES[it.dtype], it.shape[: it.rank], it.strides[: it.rank]
-    if 0 in shape or not it.data:
+    shape, strides = it.shape[: it.rank], it.strides[: it.rank]
+    return _over(it.data, DTYPES[it.dtype], shape, strides, it.offset)
+
+
+def _over(
+    data: int | None, dtype: torch.dtype, shape: list[int], strides: list[int], offset: int
+) -> torch.Tensor:
+    if 0 in shape or not data:
         return torch.zeros(shape, dtype=dtype)
-    last = it.offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    raw = (ctypes.c_char * ((last + 1) * dtype.itemsize)).from_address(it.data)
-    return torch.frombuffer(raw, dtype=dtype).as_strided(shape, strides, it.offset)
+    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    raw = (ctypes.c_char * ((last + 1) * dtype.itemsize)).from_address(data)
+    return torch.frombuffer(raw, dtype=dtype).as_strided(shape, strides, offset)
+
+
+def alias(tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor over the device memory of an NPU tensor, which it does not keep alive."""
+    shape, strides = list(tensor.shape), list(tensor.stride())
+    data = tensor.untyped_storage().data_ptr()
+    return _over(data, tensor.dtype, shape, strides, int(tensor.storage_offset()))
 
 
 def _scalar(handle: int | None) -> Any:
@@ -228,6 +249,15 @@ def kernel(
         return function
 
     return register
+
+
+def issue(name: str, stream: int, function: Callable[..., Any], *values: Any) -> None:
+    """Make a call that is none of aclnn's one task of a stream; RuntimeError when it fails."""
+    number = next(_numbers)
+    _planned[number] = (name, function, list(values))
+    code = _opapi.softnpu_execute(None, 0, _opapi.softnpu_executor(number, name.encode()), stream)
+    if code:
+        raise RuntimeError(f"call {name} failed, error code is {code}: see the lines of softnpu")
 
 
 def kernels() -> list[str]:

@@ -89,8 +89,9 @@ def recurrent_values(
     used = sum(lengths)
     need(used <= slots.shape[0], f"lengths must sum to at most {slots.shape[0]}", lengths)
     need_range("ssm_state_indices", slots[:used], pool)
-    distinct = slots[:used].unique().numel() == used
-    need(distinct, "slots must be distinct", slots[:used].tolist())
+    kept = slots[:used][slots[:used] != 0]  # slot 0 is scratch: who wins there does not matter
+    distinct = kept.unique().numel() == kept.numel()
+    need(distinct, "slots must be distinct but for slot 0", slots[:used].tolist())
     for have, length in zip(accepted, lengths, strict=True):
         need(length == 0 or 1 <= have <= length, f"accepted must be 1..{length}", have)
     decay_check(g, beta, used)
@@ -179,7 +180,10 @@ def one_chunk(
     def rounded(x: Tensor) -> Tensor:
         return x.to(BF16).float()
 
-    apart = (sums - sums.mT).tril().exp().tril()
+    if CAPABILITIES["chunk_divides"]:  # 0 / 0 once a chunk decays by more than float32 holds
+        apart = (sums.exp() / sums.mT.exp()).tril()
+    else:
+        apart = (sums - sums.mT).tril().exp().tril()
     kk, qk = rounded(k @ k.mT), rounded(q @ k.mT)
     system = torch.eye(q.shape[1]) + (beta * kk * apart).tril(-1)
     inverse = rounded(torch.linalg.inv(system))

@@ -129,6 +129,8 @@ binary("RemainderTensorScalar", "S", torch.remainder)
 binary("PowTensorScalar", "S", torch.pow)
 binary("PowTensorTensor", "t", torch.pow)
 
+kernel("aclnnPowScalarTensor", "Stt")(lambda a, b, out: write(out, torch.pow(a, wide(b))))
+
 
 def shift(a: Tensor, by: Tensor, left: bool) -> Tensor:
     """A shift by the width of the type or more is undefined in CANN: refused."""
@@ -208,3 +210,8 @@ def arange(start: Any, end: Any, step: Any, out: Tensor) -> None:
 @kernel("aclnnAddcmul", "tttSt")
 def addcmul(a: Tensor, b: Tensor, c: Tensor, value: Any, out: Tensor) -> None:
     write(out, wide(a) + value * wide(b) * wide(c))
+
+
+@kernel("aclnnEye", "iit")
+def eye(rows: int, columns: int, out: Tensor) -> None:
+    write(out, torch.eye(rows, columns).to(out.dtype))

@@ -150,6 +150,12 @@ def scatter_nd(a: Tensor, index: Tensor, value: Tensor) -> None:
     a[tuple(index.long().unbind(-1))] = value
 
 
+@kernel("aclnnIndexCopy", "tittt")
+def index_copy(a: Tensor, dim: int, index: Tensor, value: Tensor, out: Tensor) -> None:
+    need_range("index", index, a.shape[dim])
+    write(out, a.index_copy(dim, index.long(), value))
+
+
 @kernel("aclnnInplaceIndexCopy", "titt")
 def index_copy_(a: Tensor, dim: int, index: Tensor, value: Tensor) -> None:
     need_range("index", index, a.shape[dim])
@@ -165,6 +171,12 @@ def index_add(a: Tensor, dim: int, index: Tensor, value: Tensor, alpha: Any, out
 @kernel("aclnnOneHot", "tittit")
 def one_hot(index: Tensor, classes: int, on: Tensor, off: Tensor, axis: int, out: Tensor) -> None:
     write(out, (index[..., None] == torch.arange(classes)).to(out.dtype))
+
+
+@kernel("aclnnBincount", "ttit")
+def bincount(a: Tensor, weights: Tensor | None, least: int, out: Tensor) -> None:
+    need_range("self", a, out.shape[0])
+    write(out, a.long().bincount(weights, minlength=least).to(out.dtype))
 
 
 @kernel("aclnnReduceSum", "tIbjt")

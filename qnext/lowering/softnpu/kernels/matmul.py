@@ -42,6 +42,18 @@ kernel("aclnnInplaceAddmm", "tttSSc")(
 kernel("aclnnBaddbmm", "tttSStc")(addmm)
 
 
+@kernel("aclnnTriangularSolve", "ttbbbtt")
+def triangular_solve(
+    b: Tensor, a: Tensor, upper: bool, transpose: bool, unit: bool, x: Tensor, copy: Tensor
+) -> None:
+    """x of a x = b, or of a^T x = b; `copy` is a once more."""
+    need_dtype("A", a, torch.float32)
+    matrix = a.mT if transpose else a
+    solve = torch.linalg.solve_triangular
+    write(x, solve(matrix, b, upper=upper != transpose, unitriangular=unit))
+    write(copy, a)
+
+
 def groups(list_: Tensor, kind: int, rows: int, experts: int) -> list[tuple[int, int]]:
     """First and last row of each expert; kind 0 has running sums, 1 counts."""
     need(list_.shape == (experts,), f"group_list must be [{experts}]", list(list_.shape))
