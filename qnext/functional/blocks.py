@@ -65,7 +65,7 @@ def locate(
         valid=valid,
         taken=taken,
         context=past + taken,
-        kv_index=(page * PAGE + position % PAGE).where(valid, 0),
+        kv_index=torch.add(position % PAGE, page, alpha=PAGE).where(valid, 0),
         block_table=state.block_table,
         slot=state.slots[:, : seq if each else 1],
         row=state.rows,
