@@ -32,6 +32,7 @@ from qnext.functional.sampling import knobs as knobs
 from qnext.functional.sampling import sample as sample
 from qnext.functional.specs import specs as specs
 from qnext.functional.state import State as State
+from qnext.functional.state import clear as clear
 from qnext.functional.state import fork as fork
 from qnext.functional.state import init_state as init_state
 from qnext.functional.state import narrow as narrow

@@ -283,12 +283,12 @@ def pending(w: World, used: int = 0) -> qn.State:
     return state._replace(lengths=state.lengths + used)
 
 
-MOST = r"\[{}\] = {} must lie in 0\.\.{}, as the state keeps the states after {} tokens"
+MOST = r"\[{}\] = {} must lie in 0\.\.{}, the tokens of that row which the state holds from veri"
 KIND = r"accepted must be int32 or int64 \[batch=2\], got {}"
 for name, says, value in (
-    ("beyond what is kept", "accepted" + MOST.format(1, 4, 3, 3), [3, 4]),
-    ("negative", "accepted" + MOST.format(0, -1, 3, 3), [-1, 3]),
-    ("beyond int32", "accepted" + MOST.format(1, 2**32 + 1, 3, 3), [1, 2**32 + 1]),
+    ("beyond what is kept", "accepted" + MOST.format(1, 4, 3), [3, 4]),
+    ("negative", "accepted" + MOST.format(0, -1, 3), [-1, 3]),
+    ("beyond int32", "accepted" + MOST.format(1, 2**32 + 1, 3), [1, 2**32 + 1]),
     ("float", KIND.format(r"torch\.float32 \[2\]"), [1.0, 2.0]),
     ("bool", KIND.format(r"torch\.bool \[2\]"), [True, False]),
     ("of another batch", KIND.format(r"torch\.int64 \[3\]"), [1, 2, 3]),
@@ -305,15 +305,20 @@ for value in ([1, 2], 2, None):
         typed=True,
     )
 other(
-    "commit: accepted beyond a state without room for drafts",
-    lambda w: partial(qn.commit, w.state, torch.tensor([1, 2])),
-    "accepted" + MOST.format(1, 2, 1, 1),
+    "commit: twice",
+    lambda w: partial(qn.commit, qn.commit(pending(w), torch.tensor([1, 2])), torch.tensor([0, 2])),
+    "accepted" + MOST.format(1, 2, 0),
 )
 other(
     "commit: beyond capacity",
     lambda w: partial(qn.commit, pending(w, used=5), torch.tensor([2, 3])),
     "row 1 would hold 8 tokens, but its capacity is 7; verify fewer tokens of it, by lengths",
     error=qn.CapacityError,
+)
+other(
+    "advance: a state that waits",
+    lambda w: partial(qn.advance, w.params, pending(w), w.tokens[:, 0]),
+    r"this state holds a draft that waits: state = commit\(state, accepted\) says",
 )
 other(
     "advance: tokens beyond the vocabulary",

@@ -147,6 +147,16 @@ def spoil(params: qn.Params, state: qn.State) -> qn.State:
     return state._replace(layers=tuple(map(part, state.layers)))
 
 
+def turned(state: qn.State) -> qn.State:
+    """The state with key and value axes of the recurrent states changed over."""
+    return state._replace(
+        layers=tuple(
+            p if isinstance(p, KV) else p._replace(recurrent=p.recurrent.mT.contiguous())
+            for p in state.layers
+        )
+    )
+
+
 def relocate(state: qn.State, extra: int = 3) -> qn.State:
     """The same sequences at other places of larger pools; NaN where nobody lives."""
     generator = torch.Generator().manual_seed(11)

@@ -227,6 +227,11 @@ def _check_values(
 ) -> None:
     batch, seq = tokens.shape
     vocab = params.config.vocab_size
+    if bool((state.accepted < 0).any()):
+        raise InputError(
+            "this state holds a draft that waits: state = commit(state, accepted) says how many of "
+            "its tokens count"
+        )
     counts = lengths.tolist()
     for row, count in enumerate(counts):
         if not least <= count <= seq:

@@ -77,7 +77,7 @@ def trunk(
     hidden = ops.rms_norm(x=x, weight=params.norm, eps=config.rms_norm_eps)
     state = state._replace(layers=tuple(layers))
     if each:
-        return hidden, state
+        return hidden, state._replace(accepted=-step.taken)
     state = state._replace(lengths=step.context)
     if state.slots.shape[1] > 1:  # else windows have one place to begin at, the first
         state = state._replace(accepted=torch.zeros_like(state.accepted))

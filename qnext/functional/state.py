@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from qnext.errors import InputError
 from qnext.functional.config import ATTENTION, PAGE, Config
+from qnext.functional.tree import is_concrete
 from qnext.shapes import LeafHint, allocate
 
 
@@ -44,7 +45,8 @@ class State(NamedTuple):
     block_table: Int32[Tensor, "batch max_pages"]  # page of each 128 positions
     slots: Int32[Tensor, "batch drafts"]  # slots[:, 0] holds the present recurrent state
     rows: Int32[Tensor, " batch"]  # row of the window pools
-    accepted: Int32[Tensor, " batch"]  # offset of the present window in its row
+    # offset of the present window in its row; minus the tokens that wait for `commit`
+    accepted: Int32[Tensor, " batch"]
     layers: tuple[LayerState, ...]
     mtp_lengths: Int32[Tensor, " batch"]  # (hidden, next token) pairs the MTP modules consumed
     mtp: tuple[KV, ...]  # the MTP modules' own keys and values; same pages, own pools
@@ -123,14 +125,7 @@ def select(state: State, rows: Tensor | list[int]) -> State:
 
     Copies the pages, slots and windows of those rows into contiguous pools of the same capacity.
     """
-    chosen = rows.tolist() if isinstance(rows, Tensor) else rows
-    if (
-        not isinstance(chosen, list | tuple)
-        or not chosen
-        or not all(type(row) is int and 0 <= row < state.batch for row in chosen)
-    ):
-        raise InputError(f"rows must list indices within 0..{state.batch - 1}, got {chosen}")
-    index = torch.tensor(chosen, device=state.lengths.device)
+    index = _index(state, rows)
 
     def gather(pool: Tensor, table: Tensor) -> Tensor:
         scratch = torch.zeros_like(pool[:1])
@@ -161,6 +156,47 @@ def select(state: State, rows: Tensor | list[int]) -> State:
     )
 
 
+def clear(state: State, rows: Tensor | list[int]) -> State:
+    """The state with the given rows empty again, for other sequences: nothing of the old is left.
+
+    Zeroes their pages, slots and windows as well as their lengths. What is beyond a sequence's
+    length is never looked at by the definitions, but a fused call may multiply it by zero, and zero
+    times a NaN that somebody left there is NaN.
+    """
+    index = _index(state, rows)
+
+    def zeroed(pool: Tensor, table: Tensor) -> Tensor:
+        return pool.index_put((table[index].flatten().long(),), pool.new_zeros(()))
+
+    def kv(pools: KV) -> KV:
+        return KV(*(zeroed(pool, state.block_table) for pool in pools))
+
+    def delta(pools: Delta) -> Delta:
+        return Delta(zeroed(pools.recurrent, state.slots), zeroed(pools.window, state.rows))
+
+    return state._replace(
+        lengths=state.lengths.index_fill(0, index, 0),
+        accepted=state.accepted.index_fill(0, index, 0),
+        layers=tuple(kv(s) if isinstance(s, KV) else delta(s) for s in state.layers),
+        mtp_lengths=state.mtp_lengths.index_fill(0, index, 0),
+        mtp=tuple(kv(s) for s in state.mtp),
+    )
+
+
+def _index(state: State, rows: Tensor | list[int]) -> Tensor:
+    """Rows of the batch as an index tensor; InputError unless they are rows of this state."""
+    if isinstance(rows, Tensor) and not is_concrete(rows):
+        return rows.long()
+    chosen = rows.tolist() if isinstance(rows, Tensor) else rows
+    if (
+        not isinstance(chosen, list | tuple)
+        or not chosen
+        or not all(type(row) is int and 0 <= row < state.batch for row in chosen)
+    ):
+        raise InputError(f"rows must list indices within 0..{state.batch - 1}, got {chosen}")
+    return torch.tensor(chosen, device=state.lengths.device)
+
+
 def widen(state: State, batch: int) -> State:
     """The state with rows added up to `batch`, which live on scratch: nothing they do is kept.
 
@@ -177,6 +213,8 @@ def widen(state: State, batch: int) -> State:
 
 def narrow(state: State, batch: int) -> State:
     """The first `batch` rows of a state, in the same pools: `widen` undone."""
+    if not 1 <= batch <= state.batch:
+        raise InputError(f"batch must lie in 1..{state.batch}, the state's rows, got {batch}")
     return _tables(state, lambda table: table[:batch])
 
 

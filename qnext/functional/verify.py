@@ -33,7 +33,8 @@ def verify(
 
     The state must have been made with `draft >= seq - 1`. `lengths` [batch] marks how many tokens
     of each row are real (default: all). The returned state holds the states after every token and
-    stands for none of them: only `commit` takes it. Raises InputError and CapacityError.
+    stands for none of them, which a negative `accepted` marks: only `commit` takes it. Raises
+    InputError and CapacityError.
     """
     room, seq = state.slots.shape[1], tokens.shape[1]
     if seq > room:
@@ -89,12 +90,13 @@ def _check_accepted(state: State, accepted: Tensor) -> None:
         )
     if not (is_concrete(accepted) and is_concrete(state.lengths)):
         return
-    most = state.slots.shape[1]
-    for row, count in enumerate(accepted.tolist()):
-        if not 0 <= count <= most:
+    for row, (count, held) in enumerate(
+        zip(accepted.tolist(), state.accepted.tolist(), strict=True)
+    ):
+        if held > 0 or not 0 <= count <= -held:
             raise InputError(
-                f"accepted[{row}] = {count} must lie in 0..{most}, as the state keeps the states "
-                f"after {most} tokens"
+                f"accepted[{row}] = {count} must lie in 0..{max(-held, 0)}, the tokens of that row "
+                "which the state holds from verify(...); commit takes what verify returned, once"
             )
     after = (state.lengths + accepted).tolist()
     for row, (length, room) in enumerate(zip(after, state.capacity.tolist(), strict=True)):

@@ -14,6 +14,8 @@ from qnext.lowering.target import Chip
 
 PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm"}
 ADDED = {"addmm", "baddbmm"}  # their first input is what the product is added to
+CREATES = {"full", "arange", "zeros", "ones", "zeros_like", "ones_like", "full_like"}
+CREATES |= {"new_zeros", "new_ones", "new_full"}
 SELECTS = {"embedding", "gather", "index_select", "index", "take_along_dim"}
 
 
@@ -40,6 +42,8 @@ def cost_of(node: Node) -> Cost:
     name, outputs = site_name(node), tensors(value(node))
     inputs = [t for n in node.all_input_nodes for t in tensors(value(n))]
     written = sum(t.nbytes for t in outputs)
+    if name in CREATES:  # what it is like is not read
+        return Cost(0, written, 1)
     if name in SELECTS:  # only the chosen rows move
         return Cost(0, 2 * written + sum(t.nbytes for t in inputs[1:]), 1)
     moved = written + sum(t.nbytes for t in inputs)

@@ -11,6 +11,7 @@ from qnext.lowering.graph import insert, site_name, tensors, value
 
 SMALL = 1 << 16  # elements; greater static values are left to be computed on the device
 SHAPE_ONLY = {"aten::ones_like", "aten::zeros_like", "aten::full_like"}
+DTYPE_ONLY = {"aten::new_ones", "aten::new_zeros", "aten::new_full"}
 
 
 def find_static(graph: Graph) -> None:
@@ -26,9 +27,9 @@ def find_static(graph: Graph) -> None:
             continue
         schema = getattr(node.target, "_schema", None)
         name = schema.name if schema else ""
-        if name in SHAPE_ONLY:
+        if name in SHAPE_ONLY | DTYPE_ONLY:
             like = value(node.args[0])
-            real = torch.empty(like.shape, dtype=like.dtype)
+            real = torch.empty(like.shape if name in SHAPE_ONLY else 0, dtype=like.dtype)
             node.meta["static"] = node.target(real, *node.args[1:], **node.kwargs)
         elif all("static" in parent.meta for parent in node.all_input_nodes):
             args, kwargs = map_leaves(_static, (list(node.args), dict(node.kwargs)))

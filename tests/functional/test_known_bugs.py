@@ -30,6 +30,7 @@ from tests.sequences import (
     run,
     started,
     step_by_step,
+    turned,
     used,
     words,
 )
@@ -37,19 +38,9 @@ from tests.sequences import (
 BF16, F32 = torch.bfloat16, torch.float32
 SQUARE = {"linear_key_head_dim": 14}  # as wide as the value heads
 DENSE = {"num_experts": 0}  # no choice of experts to turn on a rounding
-DRAFT = 3
+DRAFT = 2
 close = partial(check_close, tolerance=HARSH)
 drafts = pytest.mark.parametrize("draft", [0, DRAFT])
-
-
-def turned(state: qn.State) -> qn.State:
-    """The state with key and value axes of the recurrent states changed over."""
-    return state._replace(
-        layers=tuple(
-            p if isinstance(p, KV) else p._replace(recurrent=p.recurrent.mT.contiguous())
-            for p in state.layers
-        )
-    )
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +119,7 @@ def test_26_a_reused_place_is_as_good_as_a_fresh_one(
     state = started(square, draft)
     if draft:  # slots permuted, windows that begin late
         _, pending = qn.verify(square, state, words(draft + 1))
-        state = qn.commit(pending, torch.tensor([1, 4, 2, 3, 4]))
+        state = qn.commit(pending, torch.tensor([1, 3, 2, 2, 3]))
     if poison:  # what the last owner left was no number
         spoilt = map_leaves(lambda pool: torch.full_like(pool, torch.nan), state.layers)
         state = state._replace(layers=spoilt)
@@ -156,9 +147,9 @@ def test_3_padded_rows_of_a_bucket_hurt_nobody(square: qn.Params) -> None:
 
     state = state._replace(layers=map_leaves(spoil, state.layers))
     for lengths, accepted in (
-        ([4, 2, 3, 4, 1], [1, 2, 3, 4, 1]),
-        ([1, 4, 0, 3, 4], [1, 4, 0, 2, 3]),
-        ([3, 2, 4, 1, 2], [2, 1, 4, 1, 1]),
+        ([3, 2, 3, 3, 1], [1, 2, 3, 2, 1]),
+        ([1, 3, 0, 3, 3], [1, 3, 0, 2, 3]),
+        ([3, 2, 3, 1, 2], [2, 1, 3, 1, 1]),
     ):
         tokens = words(DRAFT + 1, seed=sum(accepted))
         counts, accepted = torch.tensor(lengths), torch.tensor(accepted)
@@ -352,10 +343,15 @@ def test_23_strong_decay_in_the_model(square: qn.Params, monkeypatch: pytest.Mon
     check_close(run(strong, state, tokens, [70] * BATCH), want, HARSH)
 
 
-# float32 state: four layers of roundings at the same seams, of which sums in another order move
-# some; bfloat16: its state is rounded once a call, twelve times by decode and once by prefill
-SPREAD = {F32: 1.1, BF16: 2.0}
-BUDGET = 6e-2
+BUDGET = 2.5e-2  # four layers of bfloat16 roundings
+# sums in another order; and roundings of the state, once a call, that fall one way or the other
+SPREAD = {F32: 1.1, BF16: 1.4}
+
+
+def typical_error(got: Tensor, want: Tensor) -> float:
+    """The median over tokens: a norm of nearly nothing blows up the roundings of some."""
+    off, size = ((x.double().square().mean(-1)) for x in (got - want, want))
+    return float((off / size).sqrt().median())
 
 
 @pytest.mark.parametrize("state", SPREAD, ids=["float32 state", "bfloat16 state"])
@@ -368,14 +364,15 @@ def test_24_one_budget_for_decode_verify_and_prefill(state: torch.dtype) -> None
     exact = rebuild(model(F32, F32, **DENSE), [leaf.float() for leaf in leaves(params)])
     tokens, start = words(12), used(params, DRAFT)
     want, _ = qn.forward(exact, used(exact, DRAFT), tokens)
-    errors = {"prefill": relative_rms(qn.forward(params, start, tokens)[0], want)}
-    errors["decode"] = relative_rms(torch.stack(step_by_step(params, start, tokens).logits), want)
+    ways = {"prefill": qn.forward(params, start, tokens)[0]}
+    ways["decode"] = torch.stack(step_by_step(params, start, tokens).logits)
     parts, now = [], start
     for piece in tokens.split(DRAFT + 1, dim=1):
         logits, pending = qn.verify(params, now, piece)
         now = qn.commit(pending, torch.full((BATCH,), DRAFT + 1))
         parts.append(logits)
-    errors["verify"] = relative_rms(torch.cat(parts, 1), want)
+    ways["verify"] = torch.cat(parts, dim=1)
+    errors = {way: typical_error(logits, want) for way, logits in ways.items()}
     assert max(errors.values()) < min(BUDGET, SPREAD[state] * min(errors.values()))
 
 

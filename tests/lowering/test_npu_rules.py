@@ -161,6 +161,14 @@ def test_the_chunk_call_has_a_float32_state_of_its_own() -> None:
     assert "delta_rule: delta_chunks" in step.report()
 
 
+def test_a_short_prefill_takes_the_recurrent_call() -> None:
+    """The states before the last go to scratch; pools must have a slot for each token."""
+    step = lowered(qn.prefill, seq=5, draft=4)
+    assert "delta_rule: delta_step" in step.report()
+    report = lowered(qn.prefill, seq=5).report()
+    assert "delta_rule: delta_scan (delta_step: a pool of 4 slots, the call wants one" in report
+
+
 def _reasons(step: Lowered, rule: str) -> str:
     return " ".join(r for v in step.verdicts.values() if v.rule == rule for r in v.reasons)
 

@@ -111,7 +111,7 @@ def params(name: str, state: torch.dtype = BF16, **changes: Any) -> qn.Params:
 def case(kind: str, weights: qn.Params, draft: int = 2, sequences: int = 3) -> Case:
     """decode, verify (after a commit with other counts a row) or prefill of three ragged rows.
 
-    The pools have room for `sequences`.
+    "short" is a prefill of a few tokens that follow others. Pools have room for `sequences`.
     """
     generator = torch.Generator().manual_seed(5)
     vocab = weights.config.vocab_size
@@ -126,6 +126,8 @@ def case(kind: str, weights: qn.Params, draft: int = 2, sequences: int = 3) -> C
     _, state = qn.prefill(weights, state, tokens(3, 130), torch.tensor([130, 2, 57]))
     if kind == "decode":
         return Case(qn.decode, (weights, state, tokens(3)))
+    if kind == "short":
+        return Case(qn.prefill, (weights, state, tokens(3, 5), torch.tensor([4, 5, 1])))
     _, pending = qn.verify(weights, state, tokens(3, draft + 1))
     state = qn.commit(pending, torch.tensor([2, 1, 3]))
     return Case(qn.verify, (weights, state, tokens(3, draft + 1)))

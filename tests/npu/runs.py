@@ -12,7 +12,7 @@ from torch import Tensor
 
 import qnext as qn
 from qnext.functional.ops import PRIMITIVES
-from qnext.functional.state import KV, Delta
+from qnext.functional.state import Delta
 from qnext.functional.tree import leaves, rebuild
 from qnext.lowering.compiled import Compiled
 from tests.npu.models import BF16, here, params, there
@@ -57,12 +57,3 @@ def recurrent(state: qn.State) -> Tensor:
     part = state.layers[0]
     assert isinstance(part, Delta)
     return part.recurrent[state.slots[:, 0].long()]
-
-
-def turned(state: qn.State) -> qn.State:
-    """The state with key and value axes of the recurrent states changed over."""
-    layers = (
-        p if isinstance(p, KV) else p._replace(recurrent=p.recurrent.mT.contiguous())
-        for p in state.layers
-    )
-    return state._replace(layers=tuple(layers))

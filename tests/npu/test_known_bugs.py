@@ -22,11 +22,10 @@ from tests.npu.runs import (
     exact,
     recurrent,
     run,
-    turned,
     weights,
 )
 from tests.samples import relative_rms
-from tests.sequences import BATCH, VOCAB, used, words
+from tests.sequences import BATCH, VOCAB, turned, used, words
 
 drafts = pytest.mark.parametrize("draft", [0, DRAFT])
 
@@ -101,21 +100,35 @@ def test_26_a_reused_place_is_as_good_as_a_fresh_one(draft: int) -> None:
     assert torch.equal(got, want)
 
 
-MASKED = pytest.mark.xfail(strict=True, reason="the fused call multiplies what a mask hides by 0")
+@pytest.mark.parametrize("host_lengths", [False, True], ids=["mask", "host"])
+def test_26_a_reused_page_may_have_held_nan(host_lengths: bool) -> None:
+    """Bug 26, where what the last owner left is no number.
 
-
-@pytest.mark.parametrize(
-    "host_lengths", [pytest.param(False, id="mask", marks=MASKED), pytest.param(True, id="host")]
-)
-def test_26_a_reused_page_may_hold_nan(host_lengths: bool) -> None:
-    """Bug 26, where what the last owner left is no number."""
+    The fused call multiplies what a mask hides by 0, and 0 times NaN is NaN: `clear` is what makes
+    rows fit for another sequence. Exact lengths from the host never look there.
+    """
     given, token = weights(), words(1)[:, 0]
-    arguments = (given, reused(used(given), torch.nan), token)
-    step = compiled(qn.decode, arguments, host_lengths=host_lengths)
+    left = reused(used(given), torch.nan)
+    state = left if host_lengths else qn.clear(left, list(range(BATCH)))
+    step = compiled(qn.decode, (given, left, token), host_lengths=host_lengths)
     more = {"host": {"context": [1] * BATCH}} if host_lengths else {}
     want, _ = step(*there((given, reused(used(given), 0.0), token)), **more)
-    got, _ = step(*there(arguments), **more)
+    got, _ = step(*there((given, state, token)), **more)
     assert torch.equal(got.cpu(), want.cpu())
+
+
+def test_22_pages_not_yet_needed_may_be_unassigned() -> None:
+    """Bug 22, stale tables: until a sequence reaches a page its table names scratch, never read."""
+    given, token = weights(), words(1)[:, 0]
+    state = used(given)
+    reached = state.lengths // 128 + 1  # the page of the token to come is the last
+    later = torch.arange(state.block_table.shape[1]) >= reached[:, None]
+    other = state._replace(block_table=state.block_table.masked_fill(later, 0))
+    assert later.any(0).tolist() == [False, True, True]
+    (want, after), (got, same) = (run(qn.decode, given, s, token) for s in (state, other))
+    assert torch.equal(got, want)
+    for one, two in zip(leaves(same.layers), leaves(after.layers), strict=True):
+        assert torch.equal(one, two)
 
 
 # --- buckets and replays -----------------------------------------------------------------------
@@ -139,7 +152,9 @@ def test_3_padded_rows_of_a_bucket_hurt_nobody(kind: str, host_lengths: bool) ->
     With lengths from the host, scratch begins as it is made and must stay finite: every query of a
     row on scratch sees something.
     """
-    given, function = weights(num_experts=7), {"decode": qn.decode, "verify": qn.verify}[kind]
+    layers = 3 if host_lengths else 2  # a delta net after attention; none, as it refuses NaN decays
+    given = weights(num_experts=7, num_hidden_layers=layers)
+    function = {"decode": qn.decode, "verify": qn.verify}[kind]
     tokens = words(1)[:, 0] if kind == "decode" else words(DRAFT + 1)
     state = qn.init_state(given.config, 8, 300, draft=DRAFT)
     prompt, lengths = words(30), torch.tensor([30, 2, 17, 9, 1])

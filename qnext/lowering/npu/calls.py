@@ -93,9 +93,13 @@ def npu_recurrent_gated_delta_rule(
     state: Tensor,
     slots: Tensor,
     lengths: Tensor,
+    accepted: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Token by token, float32 between the tokens of a call; the state after each to its slot."""
+    """Token by token, float32 between the tokens of a call; the state after each to its slot.
+
+    Each row begins at the slot of its token `accepted` - 1.
+    """
     out = _npu().npu_recurrent_gated_delta_rule(
         query,
         key,
@@ -105,6 +109,7 @@ def npu_recurrent_gated_delta_rule(
         scale=scale,
         actual_seq_lengths=lengths,
         ssm_state_indices=slots,
+        num_accepted_tokens=accepted,
         g=g,
     )
     return out, state

@@ -67,7 +67,8 @@ def conv(
         before = window.flatten(0, 1).index_select(0, past.flatten()).unflatten(0, (batch, -1))
     furthest = 1 if moves_by_one else seq
     missing = max(furthest + kept - (taps - 1 + seq), 0)
-    beyond = [x.new_zeros(batch, missing, channels)] if missing else []
+    zeros = torch.zeros(batch, missing, channels, dtype=x.dtype, device=x.device)
+    beyond = [zeros] if missing else []
     line = torch.cat([before, x, *beyond], dim=1)
     taps_of = line[:, : taps - 1 + seq].unfold(1, taps, 1)
     y = silu((taps_of * weight).sum(-1))
@@ -108,9 +109,18 @@ def delta_step(
     slots: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Up to eight tokens a row; the state after each goes to its slot."""
+    """Up to eight tokens a row; the state after each goes to its slot.
+
+    A call begins at the slot of the token that was accepted last. With a slot for each token that
+    is the first; with one slot it is the last, and the states before it go to scratch.
+    """
     batch, seq = value.shape[:2]
     lengths = torch.full((batch,), seq, dtype=torch.int32, device=value.device)
+    accepted = torch.ones_like(lengths)
+    if slots.shape[1] < seq:
+        scratch = torch.zeros(batch, seq - 1, dtype=slots.dtype, device=slots.device)
+        slots = torch.cat([scratch, slots], dim=1)
+        accepted = lengths
     out, state = calls.npu_recurrent_gated_delta_rule(
         query=query.flatten(0, 1),
         key=key.flatten(0, 1),
@@ -118,8 +128,9 @@ def delta_step(
         g=g.flatten(0, 1),
         beta=beta.flatten(0, 1),
         state=state,
-        slots=slots.expand(batch, seq).flatten(),
+        slots=slots.flatten(),
         lengths=lengths,
+        accepted=accepted,
         scale=scale,
     )
     return out.view_as(value), state
@@ -277,3 +288,9 @@ def mixture(
     inner = calls.npu_swiglu(x=calls.npu_grouped_matmul(x=rows, weight=first, counts=counts))
     outer = calls.npu_grouped_matmul(x=inner, weight=second, counts=counts)
     return calls.npu_finalize_routing(rows=outer, weight=weight, where=where)
+
+
+def rows_put(*, pool: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """A write of whole rows, in place where the pool is donated."""
+    spread = values.expand(index.shape[0], *pool.shape[1:])
+    return calls.npu_index_put(pool=pool, index=index, values=spread)

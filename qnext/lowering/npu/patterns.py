@@ -208,3 +208,12 @@ def _shared(total: Node, experts: Node, x: Any) -> dict[str, Node] | None:
         "shared_gate_up": argument(up, 1),
         "shared_down": argument(down, 1),
     }
+
+
+def written_rows(node: Node) -> Match | None:
+    """index_put of whole rows: pool[index] = values, index of one axis, nothing accumulated."""
+    pool, places, values = node.args[:3]
+    accumulates = len(node.args) > 3 and bool(node.args[3])
+    if not isinstance(places, list | tuple) or len(places) != 1 or accumulates:
+        return None
+    return Match({"pool": pool, "index": places[0], "values": values}, (node,))

@@ -14,11 +14,10 @@ SCAN_UP_TO = 8  # tokens for which the scan is no more launches than the theorem
 WRITES_UP_TO = 16  # the same where the state after each token is kept, which only the scan does
 
 
-def _narrow(name: str, *tensors: Tensor) -> str | None:
+def _narrow(name: str, tensor: Tensor) -> str | None:
     """The calls want bfloat16."""
-    for tensor in tensors:
-        if tensor.dtype != BF16:
-            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}, the call wants bfloat16"
+    if tensor.dtype != BF16:
+        return f"{name} is {str(tensor.dtype).removeprefix('torch.')}, the call wants bfloat16"
     return None
 
 
@@ -29,7 +28,7 @@ def _x(target: Target, *, x: Tensor, **_: object) -> str | None:
 def _add_norm(target: Target, *, x: Tensor, residual: Tensor, **_: object) -> str | None:
     if x.shape != residual.shape:
         return f"x is {list(x.shape)}, the residual {list(residual.shape)}"
-    return _narrow("x", x, residual)
+    return _narrow("x", x) or _narrow("residual", residual)
 
 
 def _step(
@@ -38,7 +37,7 @@ def _step(
     facts, seq = target.facts, value.shape[1]
     if seq > facts.max_verify_tokens:
         return f"{seq} tokens a row, the call takes {facts.max_verify_tokens}"
-    if slots.shape[1] != seq:  # a slot named twice in a call is a race
+    if slots.shape[1] not in (1, seq):
         return f"{slots.shape[1]} slots for {seq} tokens"
     if state.shape[0] < slots.shape[0] * seq:
         return f"a pool of {state.shape[0]} slots, the call wants one for each of its tokens"
@@ -185,6 +184,12 @@ def _conv_of(kind: custom.Kind) -> Callable[..., str | None]:
     return guard
 
 
+def _rows(target: Target, *, index: Tensor, **_: object) -> str | None:
+    if index.ndim != 1 or index.dtype != torch.int64:
+        return f"the index is {index.dtype} of {index.ndim} axes, must be int64 of one"
+    return None
+
+
 RULES = (
     Rule(
         "mixture",
@@ -258,7 +263,7 @@ RULES = (
         "kv_write",
         emit.kv_write,
         "npu_scatter_pa_kv_cache",
-        lambda target, *, key, key_pool, **_: _narrow("key", key, key_pool),
+        lambda target, *, key, key_pool, **_: _narrow("key", key) or _narrow("key_pool", key_pool),
     ),
     Rule(
         "attention_lengths",
@@ -276,10 +281,13 @@ RULES = (
         "attention",
         composed.attention,
         "index_select, bmm, softmax",
-        lambda target, *, query, key_pool, **_: _narrow("query", query, key_pool),
+        lambda target, *, query, key_pool, **_: (
+            _narrow("query", query) or _narrow("key_pool", key_pool)
+        ),
         patterns.attention,
     ),
     Rule("gumbel_composed", "gumbel", composed.gumbel, "bitwise_xor, mul, log"),
+    Rule("rows_put", "index_put", emit.rows_put, "index_put_", _rows, patterns.written_rows),
     Rule("swiglu", "silu", emit.swiglu, "npu_swiglu", _x, patterns.gated_linear_unit),
 )
 PASSES = (bias.ride, plain.say_plainly)
