@@ -22,9 +22,7 @@ def poisoned(state: qn.State) -> qn.State:
     """NaN wherever the rows to be cleared have left anything."""
 
     def spoil(part: Any) -> Any:
-        tables = (
-            (state.slots, state.rows) if isinstance(part, Delta) else (state.block_table,) * 2
-        )
+        tables = (state.slots, state.rows) if isinstance(part, Delta) else (state.block_table,) * 2
         return type(part)(
             *(
                 pool.index_fill(0, table[ROWS].flatten().long(), torch.nan)
