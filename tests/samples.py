@@ -75,6 +75,25 @@ ODD: dict[str, dict[str, Any]] = {
     "loose_eps": {"rms_norm_eps": 1e-3},
 }
 
+# sizes that every fused call of an NPU takes
+FUSED: dict[str, Any] = {
+    "vocab_size": 211,
+    "hidden_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 48,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "intermediate_size": 80,
+}
+
 
 def spec(name: str) -> dict[str, Any]:
     """The whole config dictionary of an odd model."""

@@ -10,28 +10,24 @@ import torch
 import qnext as qn
 from qnext.lowering.stages import Lowered
 from qnext.lowering.target import resolve
+from tests.samples import FUSED
 
 BF16 = torch.bfloat16
-SMALL = {
-    "vocab_size": 211,
-    "hidden_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "linear_num_key_heads": 3,
-    "linear_num_value_heads": 6,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 48,
-    "num_experts": 7,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 64,
-    "intermediate_size": 80,
-}
+SMALL = FUSED
 
 
-def lowered(
+_LOWERED: dict[str, Lowered] = {}  # nobody changes one, and tests ask for the same
+
+
+def lowered(**how: Any) -> Lowered:
+    """A step of the small model, see `lower`."""
+    key = repr(sorted(how.items(), key=lambda item: item[0]))
+    if key not in _LOWERED:
+        _LOWERED[key] = lower(**how)
+    return _LOWERED[key]
+
+
+def lower(
     function: Any = qn.decode,
     seq: int | None = None,
     batch: int = 3,
@@ -133,14 +129,14 @@ def test_no_pool_is_copied_when_donated_and_each_is_when_not() -> None:
 
 
 def test_prefill_takes_the_chunk_call_only_where_strong_decay_is_known_to_be_right() -> None:
-    step = lowered(qn.prefill, seq=70, target=resolve("npu:910b", chunk_strong_decay=True))
+    step = lowered(function=qn.prefill, seq=70, target=resolve("npu:910b", chunk_strong_decay=True))
     assert "delta_rule: delta_chunks" in step.report()
     assert "delta_step: 70 tokens a row, the call takes 8" in _reasons(step, "delta_chunks")
     for facts, reason in (
         ({}, "this CANN's chunk call is not known to be right for g < -1"),
         ({"chunk_delta_rule": False}, "this CANN has no npu_chunk_gated_delta_rule"),
     ):
-        step = lowered(qn.prefill, seq=70, target=resolve("npu:910b", **facts))
+        step = lowered(function=qn.prefill, seq=70, target=resolve("npu:910b", **facts))
         assert "delta_rule: delta_theorem" in step.report()
         assert f"delta_chunks: {reason}" in _reasons(step, "delta_theorem")
 
@@ -163,9 +159,9 @@ def test_the_chunk_call_has_a_float32_state_of_its_own() -> None:
 
 def test_a_short_prefill_takes_the_recurrent_call() -> None:
     """The states before the last go to scratch; pools must have a slot for each token."""
-    step = lowered(qn.prefill, seq=5, draft=4)
+    step = lowered(function=qn.prefill, seq=5, draft=4)
     assert "delta_rule: delta_step" in step.report()
-    report = lowered(qn.prefill, seq=5).report()
+    report = lowered(function=qn.prefill, seq=5).report()
     assert "delta_rule: delta_scan (delta_step: a pool of 4 slots, the call wants one" in report
 
 

@@ -9,6 +9,7 @@ import qnext as qn
 from qnext.functional.tree import leaves_with_paths, map_leaves, rebuild
 from qnext.lowering.npu import probe
 from qnext.lowering.target import Target, of_device
+from tests.samples import FUSED
 
 BF16 = torch.bfloat16
 
@@ -20,24 +21,6 @@ def here() -> Target:
     return found
 
 
-# every fused call takes it
-FUSED: dict[str, Any] = {
-    "vocab_size": 211,
-    "hidden_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "linear_num_key_heads": 3,
-    "linear_num_value_heads": 6,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 48,
-    "num_experts": 7,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 64,
-    "intermediate_size": 80,
-}
 SPECS: dict[str, dict[str, Any]] = {
     "fused": FUSED,
     # the published attention head, one key head, dense layers between, two kinds alternating

@@ -10,7 +10,7 @@ from torch import Tensor
 import qnext as qn
 from qnext.functional.tree import leaves, leaves_with_paths
 from qnext.lowering.compiled import Compiled
-from qnext.lowering.softnpu import bridge
+from qnext.lowering.softnpu import bridge, packages
 from tests.npu.models import MODELS, Case, case, copied, here, params, there
 from tests.npu.sites import Found, examine
 
@@ -116,3 +116,20 @@ def test_launches_of_the_published_depth() -> None:
         assert count["aclnnRecurrentGatedDeltaRule"] == 36
         assert count["aclnnFusedInferAttentionScoreV4"] == 12
         assert count["aclnnGroupedMatmulV5"] == 96
+
+
+@pytest.mark.parametrize(("package", "delta_net", "once"), [("vllm", 12, 14), ("sgl", 13, 15)])
+def test_launches_with_a_package_s_convolution(package: str, delta_net: int, once: int) -> None:
+    """One launch for six, where sgl-kernel-npu's wants its input copied before."""
+    given = case("decode", params("fused", num_hidden_layers=48))
+    target = here().with_facts(custom_conv=package)
+    packages.install(package)
+    try:
+        step = qn.jit(given.function, donate="state").trace(*given.arguments).lower(target)
+        captured = step.compile().capture(*there(given.arguments))
+        tasks = captured.launches()
+    finally:
+        packages.remove(package)
+    blocks = 36 * delta_net + 12 * 10 + 48 * 11
+    assert len(tasks) == step.cost_analysis()["launches"] == blocks + once
+    assert package == "sgl" or len(tasks) <= 1119

@@ -1,0 +1,116 @@
+"""Every rule of the table fires on its sample and declines its counter-sample, with its reason."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import qnext as qn
+from qnext.lowering.npu.table import RULES
+from qnext.lowering.stages import Lowered
+from qnext.lowering.target import resolve
+from tests.lowering.test_npu_rules import BF16, SMALL, lowered
+
+FLOAT32 = {"precision": {"compute": torch.float32}}
+PREFILL = {"function": qn.prefill, "seq": 70}
+ODD_HEADS = {"head_dim": 40}
+SHARED = {"shared_expert_intermediate_size": 56}
+DENSE = {"num_experts": 0}
+WIDE_STATE = {"precision": {"state": torch.float32}}
+STRONG = {"target": resolve("npu:910b", chunk_strong_decay=True)}
+
+
+class Row(NamedTuple):
+    """Arguments of `lowered` for the sample and the counter-sample, and the reason's beginning."""
+
+    fires: dict[str, Any]
+    declines: dict[str, Any]
+    reason: str
+
+
+NARROW = "{} is float32, the call wants bfloat16"
+TABLE: dict[str, Row] = {
+    "mixture": Row({}, SHARED, "the shared expert's width is 56, the others' 64"),
+    "mixture_apart": Row(SHARED, SHARED | FLOAT32, NARROW.format("x")),
+    "joined": Row({}, FLOAT32, NARROW.format("x")),
+    "add_norm": Row({}, FLOAT32, NARROW.format("x")),
+    "norm": Row({}, FLOAT32, NARROW.format("x")),
+    "l2_pair": Row({}, FLOAT32, NARROW.format("x")),
+    "gated_norm": Row({}, FLOAT32, NARROW.format("x")),
+    "conv_sgl": Row(
+        {"target": resolve("npu:910b", custom_conv="sgl")}, {}, "the target's custom_conv is None"
+    ),
+    "conv_vllm": Row(
+        {"target": resolve("npu:910b", custom_conv="vllm")}, {}, "the target's custom_conv is None"
+    ),
+    "conv": Row({}, FLOAT32, NARROW.format("x")),
+    "gates": Row({}, FLOAT32, NARROW.format("a")),
+    "delta_step": Row({}, {"linear_key_head_dim": 300}, "heads of 300, the call takes 256"),
+    "delta_chunks": Row(PREFILL | STRONG, PREFILL, "this CANN's chunk call is not known to be"),
+    "delta_scan": Row(WIDE_STATE, PREFILL, "70 tokens a row, one by one up to 8"),
+    "delta_theorem": Row(PREFILL, PREFILL | FLOAT32, NARROW.format("value")),
+    "rotary": Row({}, ODD_HEADS, "10 of 40 channels turn, both must be multiples of 32"),
+    "rotary_composed": Row(ODD_HEADS, FLOAT32, NARROW.format("query")),
+    "kv_write": Row({}, FLOAT32, NARROW.format("key")),
+    "attention_lengths": Row({"host_lengths": True}, {}, "lengths stay on the device"),
+    "attention": Row({}, ODD_HEADS, "heads of 40: must be a multiple of 16 up to 512"),
+    "attention_composed": Row(ODD_HEADS, FLOAT32, NARROW.format("query")),
+    "swiglu": Row(DENSE, DENSE | FLOAT32, NARROW.format("x")),
+}
+BY_THEMSELVES = {"gumbel_composed", "rows_put"}  # of functions other than the model's, below
+
+
+def step_of(host_lengths: bool = False, **how: Any) -> Lowered:
+    """What `lowered` gives, or the same with lengths from the host."""
+    if not host_lengths:
+        return lowered(**how)
+    config = qn.Config.from_hf(SMALL).with_precision(compute=BF16, state=BF16)
+    traced = qn.jit(qn.decode).trace(*qn.specs(config, 3, 300))
+    return traced.lower("npu:910b", host_lengths=True)
+
+
+def fired(step: Lowered, rule: str) -> bool:
+    return any(verdict.rule == rule for verdict in step.verdicts.values())
+
+
+def told(step: Lowered, rule: str) -> list[str]:
+    """Why a rule declined, wherever it did."""
+    given = {reason for verdict in step.verdicts.values() for reason in verdict.reasons}
+    return [r.removeprefix(f"{rule}: ") for r in given if r.startswith(f"{rule}: ")]
+
+
+def test_the_table_is_whole() -> None:
+    assert [rule.name for rule in RULES if rule.name not in TABLE.keys() | BY_THEMSELVES] == []
+    assert len({rule.name for rule in RULES}) == len(RULES) == len(TABLE) + len(BY_THEMSELVES)
+
+
+@pytest.mark.parametrize("rule", TABLE)
+def test_it_fires_on_its_sample(rule: str) -> None:
+    assert fired(step_of(**TABLE[rule].fires), rule)
+
+
+@pytest.mark.parametrize("rule", TABLE)
+def test_it_declines_its_counter_sample(rule: str) -> None:
+    step, reason = step_of(**TABLE[rule].declines), TABLE[rule].reason
+    assert any(given.startswith(reason) for given in told(step, rule)), told(step, rule)
+
+
+def test_noise_is_always_composed() -> None:
+    def noise(seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        return qn.functional.ops.gumbel(seed=seed, position=position, vocab=211)
+
+    two = torch.zeros(2, dtype=torch.int64)
+    assert fired(qn.jit(noise).trace(two, two).lower("npu:a3"), "gumbel_composed")
+    lacking = resolve("npu:a3", missing=("npu_mrope",))  # it makes no call that could be missing
+    assert fired(qn.jit(noise).trace(two, two).lower(lacking), "gumbel_composed")
+
+
+def test_rows_are_written_by_one_index_of_int64() -> None:
+    def write(pool: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return pool.index_put((index,), pool.new_zeros(()))
+
+    pool = torch.zeros(7, 3, 5)
+    step = qn.jit(write, donate="pool").trace(pool, torch.tensor([2, 4])).lower("npu:910b")
+    assert fired(step, "rows_put") and [w.verdict for w in step.writes] == ["in place"]
+    step = qn.jit(write).trace(pool, torch.tensor([[2, 4]])).lower("npu:910b")
+    assert told(step, "rows_put") == ["the index is torch.int64 of 2 axes, must be int64 of one"]
