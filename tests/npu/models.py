@@ -112,7 +112,7 @@ def case(kind: str, weights: qn.Params, draft: int = 2, sequences: int = 3) -> C
     if kind == "short":
         return Case(qn.prefill, (weights, state, tokens(3, 5), torch.tensor([4, 5, 1])))
     _, pending = qn.verify(weights, state, tokens(3, draft + 1))
-    state = qn.commit(pending, torch.tensor([2, 1, 3]))
+    state = qn.commit(pending, torch.tensor([2, 1, min(3, draft + 1)]))
     return Case(qn.verify, (weights, state, tokens(3, draft + 1)))
 
 

@@ -84,6 +84,22 @@ def test_cost_analysis_predicts_the_captured_nodes(name: str, kind: str) -> None
     assert not [task for task in tasks if task.startswith("memcpy")]
 
 
+@pytest.mark.parametrize("draft", [1, 4, 7])
+def test_verify_of_two_to_eight_tokens(draft: int) -> None:
+    given = case("verify", params("fused"), draft=draft)
+    found = examine(given.function, given.arguments, TARGET)
+    far = [f for f in found if not f.error <= f.tolerance]
+    assert [f for f in far if not (f.rule == "mixture" and near_tie(f))] == [] and len(far) <= 1
+    assert "delta_step" in {f.rule for f in found}
+    step = compiled(given)
+    mine = there(given.arguments)
+    captured = step.capture(*mine)
+    assert len(captured.launches()) == step.lowered.cost_analysis()["launches"]
+    got, _ = captured(*mine)
+    want, _ = step(*there(given.arguments))
+    assert torch.equal(got.cpu(), want.cpu())
+
+
 @each_kind
 def test_a_step_copies_no_pool_and_reads_nothing_back(kind: str) -> None:
     """Pools of many sequences, a step of 3: a copy of any would stand out of what a step needs."""
