@@ -11,6 +11,7 @@ import qnext as qn
 from qnext.functional.tree import leaves, leaves_with_paths
 from qnext.lowering.compiled import Compiled
 from qnext.lowering.softnpu import bridge, packages
+from qnext.lowering.target import Target
 from tests.npu.models import MODELS, Case, case, copied, here, params, there
 from tests.npu.sites import Found, examine
 
@@ -20,9 +21,9 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 each_model = pytest.mark.parametrize("name", MODELS)
 
 
-def compiled(given: Case, **options: Any) -> Compiled:
+def compiled(given: Case, target: Target = TARGET) -> Compiled:
     step = qn.jit(given.function, donate="state")
-    return step.trace(*given.arguments).lower(TARGET, strict=True, **options).compile()
+    return step.trace(*given.arguments).lower(target, strict=True).compile()
 
 
 def real_rows(tree: Any) -> list[tuple[str, Tensor]]:
@@ -86,12 +87,22 @@ def test_cost_analysis_predicts_the_captured_nodes(name: str, kind: str) -> None
 
 @pytest.mark.parametrize("draft", [1, 4, 7])
 def test_verify_of_two_to_eight_tokens(draft: int) -> None:
-    given = case("verify", params("fused"), draft=draft)
-    found = examine(given.function, given.arguments, TARGET)
+    check(case("verify", params("fused"), draft=draft), "delta_step", TARGET)
+
+
+def test_prefill_by_the_chunk_call() -> None:
+    """Where a probe has found that it is right for strong decay."""
+    target = TARGET.with_facts(chunk_strong_decay=True)
+    check(case("prefill", params("fused")), "delta_chunks", target)
+
+
+def check(given: Case, rule: str, target: Target) -> None:
+    """Sites within tolerance, captured equal to eager, launches as predicted."""
+    found = examine(given.function, given.arguments, target)
     far = [f for f in found if not f.error <= f.tolerance]
     assert [f for f in far if not (f.rule == "mixture" and near_tie(f))] == [] and len(far) <= 1
-    assert "delta_step" in {f.rule for f in found}
-    step = compiled(given)
+    assert rule in {f.rule for f in found}
+    step = compiled(given, target)
     mine = there(given.arguments)
     captured = step.capture(*mine)
     assert len(captured.launches()) == step.lowered.cost_analysis()["launches"]
