@@ -70,7 +70,9 @@ def params(name: str, state: torch.dtype = BF16, **changes: Any) -> qn.Params:
         loaded = qn.demo(BF16)
         config = loaded.config.with_precision(state=state)
         return loaded._replace(config=config)
-    config = qn.Config.from_hf(SPECS[name] | changes).with_precision(compute=BF16, state=state)
+    config = qn.Config.from_hf(SPECS.get(name, {}) | changes).with_precision(
+        compute=BF16, state=state
+    )
     drawn = qn.init_params(config, seed=3)
     generator = torch.Generator().manual_seed(4)
 
