@@ -31,8 +31,8 @@ class Rule:
     `site` names the primitive (or torch operation) it is asked at. `match` finds the pattern that
     ends there. `guard` returns the reason why the rule does not apply, or None; it reads shapes,
     dtypes and facts of the target, never values. `emit` computes the same from the matched inputs
-    with the target's calls; it only marshals. `contract` names the page that the call is described
-    on; `launches` is what the emitted calls cost on the device.
+    with the target's calls; it only marshals. `contract` names the pages of the calls, or the
+    torch operations, that it emits.
     """
 
     name: str

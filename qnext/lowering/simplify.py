@@ -100,8 +100,7 @@ def _idle(node: Node) -> Node | None:
 def merge_equal(graph: Graph) -> None:
     """Compute once what several nodes compute from the same inputs.
 
-    Only for what reads tensors and makes new ones: in a graph everything does, writes included,
-    but a write must keep a pool of its own, so nodes whose results are large are left alone.
+    In a graph everything is a function, writes included: two equal ones of a pool are one.
     """
     seen: dict[Any, Node] = {}
     for node in list(graph.nodes):
