@@ -31,6 +31,10 @@ from qnext.functional.sampling import Sampling as Sampling
 from qnext.functional.sampling import knobs as knobs
 from qnext.functional.sampling import sample as sample
 from qnext.functional.specs import specs as specs
+from qnext.functional.speculate import accept as accept
+from qnext.functional.speculate import draft as draft
+from qnext.functional.speculate import newest as newest
+from qnext.functional.speculate import speculate as speculate
 from qnext.functional.state import State as State
 from qnext.functional.state import clear as clear
 from qnext.functional.state import fork as fork
@@ -40,6 +44,7 @@ from qnext.functional.state import select as select
 from qnext.functional.state import widen as widen
 from qnext.functional.tree import place as place
 from qnext.functional.verify import commit as commit
+from qnext.functional.verify import rewind as rewind
 from qnext.functional.verify import verify as verify
 from qnext.lowering.stages import jit as jit
 from qnext.runtime.buckets import Buckets as Buckets

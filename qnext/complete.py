@@ -88,16 +88,14 @@ def complete(
 
     def stop(new: Tensor) -> Tensor:
         for row, token in zip(rows, new.tolist(), strict=True):
-            if row.finish is None:
+            if row.finish is None and token >= 0:
                 row.push(token)
         return torch.tensor([row.finish is not None for row in rows], device=new.device)
 
     told = [False] * len(rows)
-    for step, _ in enumerate(
-        stream(params, state, tokens, max_new_tokens, lengths, sampling, stop), start=1
-    ):
+    for _ in stream(params, state, tokens, max_new_tokens, lengths, sampling, stop):
         for i, row in enumerate(rows):
-            if step == max_new_tokens and row.finish is None:
+            if row.tokens == max_new_tokens and row.finish is None:
                 row.end("length")
             text = row.release()
             if not told[i] and (text or row.finish):

@@ -220,12 +220,12 @@ integer("generate: max_new_tokens", lambda w, v: partial(qn.generate, *w, v))
 integer("init_state: batch", lambda w, v: partial(qn.init_state, config(), v, 7))
 integer("init_state: capacity", lambda w, v: partial(qn.init_state, config(), 2, v))
 integer("init_state: draft", lambda w, v: partial(qn.init_state, config(), 2, 7, draft=v), least=0)
-for value in (1, -1, True):
-    other(
-        f"generate: draft {value}",
-        lambda w, v=value: partial(qn.generate, *w, 1, draft=v),
-        f"draft={value}: speculation is not available yet; use draft=0",
-    )
+integer("generate: draft", lambda w, v: partial(qn.generate, *w, 1, draft=v), least=0)
+other(
+    "generate: draft beyond the state's room",
+    lambda w: partial(qn.generate, *w, 1, draft=2),
+    r"draft=2 on a state that has room to draft 0: make it with init_state\(.*, draft=2\)",
+)
 
 for field, rule, values in (
     ("temperature", "a float32 number >= 0", (-0.5, 1e300, torch.nan, torch.inf)),

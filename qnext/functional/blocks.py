@@ -20,6 +20,7 @@ from qnext.functional.params import (
     FfnParams,
     LayerParams,
     MoeParams,
+    Params,
 )
 from qnext.functional.state import KV, Delta, LayerState, State
 from qnext.shapes import Shaped
@@ -53,19 +54,21 @@ def locate(
     """The Step of a call whose valid tokens follow `past` earlier ones in each row.
 
     With `each` the state after every token is kept: recurrent states in a slot each, and windows in
-    one row that moves by a single input, so that the window after any token lies in it.
+    one row that moves by a single input, so that the window after any token lies in it. A draft may
+    reach beyond what there is room for: keys and values of that part go to scratch.
     """
     seq, device = valid.shape[1], past.device
     position = past[:, None] + torch.arange(seq, dtype=past.dtype, device=device)
     taken = valid.sum(1, dtype=past.dtype)
     last_page = state.block_table.shape[1] - 1
-    page = state.block_table.gather(1, (position // PAGE).clamp(max=last_page).long())
+    page = state.block_table.gather(1, (position // PAGE).clamp(0, last_page).long())
+    written = valid & (position < state.capacity[:, None]) if each else valid
     return Step(
         position=position,
         valid=valid,
         taken=taken,
         context=past + taken,
-        kv_index=torch.add(position % PAGE, page, alpha=PAGE).where(valid, 0),
+        kv_index=torch.add(position % PAGE, page, alpha=PAGE).where(written, 0),
         block_table=state.block_table,
         slot=state.slots[:, : seq if each else 1],
         row=state.rows,
@@ -103,6 +106,27 @@ def gated_attention(
     config: Config,
 ) -> tuple[Float[Tensor, "batch seq d"], Shaped[KV]]:
     """Grouped-query attention, q/k norm, partial rotary, and a sigmoid gate on its output."""
+    query, gate, kv = remember(p, kv, x, step, config)
+    seen = ops.attention(
+        query=query,
+        key_pool=kv.key,
+        value_pool=kv.value,
+        block_table=step.block_table,
+        position=step.position,
+        context=step.context,
+        scale=config.head_dim**-0.5,
+    )
+    return linear((seen * gate.sigmoid()).flatten(-2), p.out_proj), kv
+
+
+def remember(
+    p: Shaped[AttentionParams],
+    kv: Shaped[KV],
+    x: Float[Tensor, "batch seq d"],
+    step: Shaped[Step],
+    config: Config,
+) -> tuple[Float[Tensor, "batch seq hq hd"], Float[Tensor, "batch seq hq hd"], Shaped[KV]]:
+    """What precedes attention: (query, gate, the pools with this call's keys and values)."""
     hq, hkv, hd = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     eps = config.rms_norm_eps
     heads = linear(x, p.in_proj).unflatten(-1, (-1, hd))
@@ -119,16 +143,7 @@ def gated_attention(
             key_pool=kv.key, value_pool=kv.value, key=key, value=value, index=step.kv_index
         )
     )
-    seen = ops.attention(
-        query=query,
-        key_pool=kv.key,
-        value_pool=kv.value,
-        block_table=step.block_table,
-        position=step.position,
-        context=step.context,
-        scale=hd**-0.5,
-    )
-    return linear((seen * gate.sigmoid()).flatten(-2), p.out_proj), kv
+    return query, gate, kv
 
 
 def delta_net(
@@ -193,3 +208,18 @@ def mixture(
     )
     shared = linear(ops.swiglu(linear(x, p.shared_gate_up)), p.shared_down)
     return routed + linear(x, p.shared_gate).sigmoid() * shared
+
+
+def unembed(
+    params: Shaped[Params], hidden: Float[Tensor, "*batch d"]
+) -> Float[Tensor, "*batch vocab"]:
+    """Logits of hidden states; the head is the embedding where the two are tied."""
+    weight = params.head[0].weight if params.head else params.embed
+    return linear(hidden, weight).to(params.config.precision.logits)
+
+
+def within(
+    lengths: Int[Tensor, " batch"], tokens: Int[Tensor, "batch seq"]
+) -> Bool[Tensor, "batch seq"]:
+    """Which positions of right-padded rows are real."""
+    return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]

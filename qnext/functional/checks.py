@@ -23,7 +23,7 @@ from qnext.functional.params import (
     MtpParams,
     Params,
 )
-from qnext.functional.state import KV, Delta, State
+from qnext.functional.state import KV, Delta, Mtp, State
 from qnext.functional.tree import given_up_to, has_memory, is_concrete
 from qnext.shapes import annotated_leaves, mismatches
 
@@ -127,7 +127,7 @@ def state_mismatches(params: Params, state: State) -> list[str]:
     config = params.config
     kinds = [KV if kind == ATTENTION else Delta for kind in config.layer_types]
     wrong = _wrong_parts("state.layers", state.layers, kinds)
-    wrong += _wrong_parts("state.mtp", state.mtp, [KV] * config.mtp_layers)
+    wrong += _wrong_parts("state.mtp", state.mtp, [Mtp] * config.mtp_layers)
     slots = state.slots
     drafts = slots.shape[-1] if isinstance(slots, Tensor) and slots.ndim else 1
     sizes = config.axes | {"window": config.linear_conv_kernel_dim - 2 + drafts}

@@ -1,30 +1,33 @@
-"""The reference loop: prefill, then draw and decode token by token."""
+"""The reference loops: prefill, then draw and consume, token by token or with guesses ahead."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int32, Int64
 from torch import Tensor
 
 from qnext.errors import InputError
+from qnext.functional.blocks import within
 from qnext.functional.checks import check_call, check_trees
-from qnext.functional.model import decode, prefill, within
+from qnext.functional.model import decode, prefill
 from qnext.functional.params import Params
 from qnext.functional.sampling import (
+    Counts,
     Knobs,
     Sampling,
+    choose,
     count_output,
     count_prompt,
-    draw,
+    how,
     records,
-    restrict,
-    sample,
 )
+from qnext.functional.speculate import check_draft, check_module, newest, speculate
 from qnext.functional.state import State
+from qnext.functional.verify import rewind
 from qnext.shapes import Shaped
 
-Decode = Callable[[Params, State, Tensor], tuple[Tensor, State]]
+Step = Callable[..., Any]  # of `decode`'s signature, or with draft > 0 of `speculate`'s
 Stop = Callable[[Tensor], Tensor]
 GREEDY = Sampling(temperature=0.0)
 
@@ -38,15 +41,17 @@ def generate(
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     eos: int | Sequence[int] | None = None,
     draft: int = 0,
-    step: Decode | None = None,
+    step: Step | None = None,
 ) -> tuple[Tensor, State]:
     """Continue prompts tokens [batch, seq]: new tokens [batch, max_new_tokens], int64, and a state.
 
     A row ends with the first token of `eos`, which is returned; -1 follows. The state has consumed
     the prompt and every returned token, so `generate(params, state, more)` continues; a finished
-    row's state stays as it was. `step` replaces `decode`, say by a compiled one. Penalties count
-    the tokens of this call, not those that the state consumed before. Raises InputError, and
-    CapacityError before anything is computed where prompt and new tokens do not fit.
+    row's state stays as it was. With `draft` so many tokens are guessed ahead (`speculate`), which
+    changes nothing but speed. `step` replaces `decode`, or `speculate` where draft > 0, say by a
+    compiled one. Penalties count the tokens of this call, not those that the state consumed
+    before. Raises InputError, and CapacityError before anything is computed where prompt and new
+    tokens do not fit.
     """
     check_trees(params, state)
     ends = _ends(eos, params.config.vocab_size)
@@ -54,13 +59,17 @@ def generate(
     def stop(new: Tensor) -> Tensor:
         return torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
 
-    columns = []
+    blocks = []
     steps = stream(params, state, tokens, max_new_tokens, lengths, sampling, stop, draft, step)
     for new, after in steps:
-        columns.append(new)
+        blocks.append(new)
         state = after
-    columns += [torch.full_like(columns[0], -1)] * (max_new_tokens - len(columns))
-    return torch.stack(columns, dim=1), state
+    made = torch.cat(blocks, dim=1)
+    # a stable sort by "is padding" moves each row's tokens to its front, in their order
+    order = (made < 0).to(torch.int8).argsort(dim=1, stable=True)
+    made = made.gather(1, order)[:, :max_new_tokens]
+    missing = max_new_tokens - made.shape[1]
+    return torch.nn.functional.pad(made, (0, missing), value=-1), state
 
 
 def _ends(eos: Any, vocab: int) -> list[int]:
@@ -82,12 +91,13 @@ def stream(
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     stop: Stop | None = None,
     draft: int = 0,
-    step: Decode | None = None,
+    step: Step | None = None,
 ) -> Iterator[tuple[Tensor, State]]:
-    """`generate`, token by token: yields (new tokens [batch], the state that has consumed them).
+    """`generate`, step by step: yields (new tokens, the state that has consumed just these).
 
-    `stop(new tokens) -> bool [batch]` says which rows end with these; a row that has ended yields
-    -1. Stops early once all rows have. Arguments are checked at the first `next`.
+    New tokens are [batch, draft + 1]: of each row some, then -1. `stop(column of them [batch]) ->
+    bool [batch]` is asked once a column and says which rows end with it; a row that has ended
+    yields -1. Stops early once all rows have. Arguments are checked at the first `next`.
     """
     if (
         isinstance(max_new_tokens, bool)
@@ -95,27 +105,120 @@ def stream(
         or max_new_tokens < 1
     ):
         raise InputError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}")
-    if draft != 0:
-        raise InputError(f"draft={draft!r}: speculation is not available yet; use draft=0")
     lengths = check_call(params, state, tokens, lengths, least=1, ahead=max_new_tokens)
+    check_draft(state, draft)
+    if draft and step is None:
+        check_module(params)
     each = records(sampling, tokens.shape[0])
+    settings, filters = how(each, tokens.device)
     counts = None
     if any(s.penalises for s in each):
         counts = count_prompt(tokens, within(lengths, tokens), params.config.vocab_size)
-    finished = torch.zeros_like(lengths, dtype=torch.bool)
+    drawing = _Drawing(settings, filters, counts)
     with torch.no_grad():
         logits, state = prefill(params, state, tokens, lengths)
-    for _ in range(max_new_tokens):
+        drawing, new = drawing.draw(logits, state)
+    if draft:
+        run = step or speculate
+        yield from _ahead(run, params, state, new, max_new_tokens, drawing, stop, draft)
+    else:
+        yield from _one_by_one(step or decode, params, state, new, max_new_tokens, drawing, stop)
+
+
+class _Drawing(NamedTuple):
+    """How the rows draw, and what they have drawn so far."""
+
+    settings: Knobs | None
+    filters: bool
+    counts: Counts | None
+
+    def draw(self, logits: Tensor, state: State) -> tuple["_Drawing", Tensor]:
+        """The next token [batch] of each row, drawn."""
+        new = choose(logits, state.lengths, *self)
+        return self.after(new[:, None]), new
+
+    def after(self, new: Int64[Tensor, "batch seq"]) -> "_Drawing":
+        """Having drawn these as well; -1 counts for nothing."""
+        if self.counts is None:
+            return self
+        counts = self.counts
+        for column in new.unbind(1):
+            counts = count_output(counts, column)
+        return self._replace(counts=counts)
+
+
+def _one_by_one(
+    step: Step,
+    params: Params,
+    state: State,
+    new: Tensor,
+    max_new_tokens: int,
+    drawing: _Drawing,
+    stop: Stop | None,
+) -> Iterator[tuple[Tensor, State]]:
+    """Consume `new`, yield it, draw the next."""
+    finished = torch.zeros_like(new, dtype=torch.bool)
+    for made in range(1, max_new_tokens + 1):
         with torch.no_grad():
-            new = sample(logits, each, state.lengths, counts).where(~finished, -1)
             resting = rest(state, finished) if finished.any() else state
-            logits, after = (step or decode)(params, resting, new.clamp(min=0))
+            logits, after = step(params, resting, new.clamp(min=0))
             state = wake(after, state, finished) if finished.any() else after
-        counts = count_output(counts, new) if counts else None
         finished = finished | stop(new) if stop else finished
-        yield new, state
-        if finished.all():
+        yield new[:, None], state
+        if made == max_new_tokens or finished.all():
             return
+        with torch.no_grad():
+            drawing, new = drawing.draw(logits, state)
+            new = new.where(~finished, -1)
+
+
+def _ahead(
+    step: Step,
+    params: Params,
+    state: State,
+    new: Tensor,
+    max_new_tokens: int,
+    drawing: _Drawing,
+    stop: Stop | None,
+    draft: int,
+) -> Iterator[tuple[Tensor, State]]:
+    """Consume `new` and the guesses that were right, yield them, until rows have all they may.
+
+    What a row may consume is its capacity in the meantime: a row without any rests.
+    """
+    capacity = state.capacity
+    limit = state.lengths + max_new_tokens
+    while True:
+        with torch.no_grad():
+            state = state._replace(capacity=limit)
+            drawn, count, state = step(params, state, new, draft, *drawing)
+            line = torch.cat([new[:, None], drawn[:, :-1]], dim=1)
+            at = torch.arange(draft + 1, device=line.device)
+            line = line.where(at < count[:, None], -1)
+            kept, stopped = _until_stopped(line, count, stop)
+            state = rewind(state, count - kept)._replace(capacity=capacity)
+            limit = state.lengths.where(stopped, limit)
+            drawing = drawing.after(drawn.where(at < kept[:, None], -1))
+            new = newest(drawn, count)
+        yield line.where(at < kept[:, None], -1), state
+        if bool((state.lengths >= limit).all()):
+            return
+
+
+def _until_stopped(
+    line: Int64[Tensor, "batch seq"], count: Int32[Tensor, " batch"], stop: Stop | None
+) -> tuple[Int32[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    """(count up to the token that ends a row, which rows end), `stop` being asked by column."""
+    stopped = torch.zeros_like(count, dtype=torch.bool)
+    if stop is None:
+        return count, stopped
+    for at, column in enumerate(line.unbind(1), start=1):
+        asked = column.where(~stopped, -1)
+        if not (asked >= 0).any():
+            break
+        ends = stop(asked) & (asked >= 0)
+        count, stopped = count.where(~ends, at), stopped | ends
+    return count, stopped
 
 
 def advance(
@@ -124,20 +227,15 @@ def advance(
     tokens: Tensor,
     settings: Knobs | None = None,
     filters: bool = False,
+    counts: Counts | None = None,
 ) -> tuple[Tensor, State]:
     """One iteration of decoding as one function: consume tokens [batch], draw the next [batch].
 
-    `settings` (`knobs([...])`) says how each row draws, None that all take the likeliest; `filters`
-    that some row has top_k, top_p or min_p, which sorts the vocabulary. The state advances, so a
-    traced iteration goes round without the host. Rows with penalties draw with `sample`.
+    `settings` (`knobs([...])`), `filters` and `counts` are those of `choose`. The state advances,
+    so a traced iteration goes round without the host.
     """
     logits, state = decode(params, state, tokens)
-    if settings is None:
-        return logits.argmax(-1), state
-    logits = logits.to(torch.float32)
-    if filters:
-        logits = restrict(logits, settings)
-    return draw(logits, settings, state.lengths), state
+    return choose(logits, state.lengths, settings, filters, counts), state
 
 
 def rest(state: Shaped[State], resting: Bool[Tensor, " batch"]) -> State:
@@ -163,4 +261,5 @@ def wake(state: Shaped[State], before: Shaped[State], resting: Bool[Tensor, " ba
         slots=before.slots,
         rows=before.rows,
         accepted=before.accepted.where(resting, state.accepted),
+        mtp_lengths=before.mtp_lengths.where(resting, state.mtp_lengths),
     )

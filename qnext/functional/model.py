@@ -5,12 +5,12 @@ Rows are right-padded and `lengths` says how many tokens of each are real; paddi
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
-from qnext.functional import ops
-from qnext.functional.blocks import layer, locate
+from qnext.functional import mtp, ops
+from qnext.functional.blocks import layer, locate, unembed, within
 from qnext.functional.checks import checked
 from qnext.functional.params import Params
 from qnext.functional.state import State
@@ -76,24 +76,11 @@ def trunk(
         layers.append(layer_state)
     hidden = ops.rms_norm(x=x, weight=params.norm, eps=config.rms_norm_eps)
     state = state._replace(layers=tuple(layers))
+    if mtp.follows(state):
+        state = mtp.follow(params, state, hidden, tokens, step)
     if each:
         return hidden, state._replace(accepted=-step.taken)
-    state = state._replace(lengths=step.context)
+    state = mtp.advanced(state, step.context)
     if state.slots.shape[1] > 1:  # else windows have one place to begin at, the first
         state = state._replace(accepted=torch.zeros_like(state.accepted))
     return hidden, state
-
-
-def unembed(
-    params: Shaped[Params], hidden: Float[Tensor, "*batch d"]
-) -> Float[Tensor, "*batch vocab"]:
-    """Logits of hidden states; the head is the embedding where the two are tied."""
-    weight = params.head[0].weight if params.head else params.embed
-    return linear(hidden, weight).to(params.config.precision.logits)
-
-
-def within(
-    lengths: Int[Tensor, " batch"], tokens: Int[Tensor, "batch seq"]
-) -> Bool[Tensor, "batch seq"]:
-    """Which positions of right-padded rows are real."""
-    return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]

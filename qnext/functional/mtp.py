@@ -6,6 +6,10 @@ From the model's hidden state h_t and the next token x_{t+1} it predicts x_{t+2}
 
 The layer is one gated-attention layer with its own keys and values, at positions t; embedding and
 head are the model's. Chained, h' stands for the next h. (DeepSeek-V3, arXiv:2412.19437, sec. 2.2.)
+
+In a state with room for drafts the module follows the model: whatever consumes tokens also writes
+the module's keys and values of the pairs (h_{t-1}, x_t) and keeps the last h. A draft then starts
+from there, and what it writes itself, from guesses, is overwritten when the guesses are verified.
 """
 
 import torch
@@ -15,10 +19,9 @@ from torch.nn.functional import embedding, linear
 
 from qnext.errors import InputError
 from qnext.functional import ops
-from qnext.functional.blocks import layer, locate
+from qnext.functional.blocks import Step, layer, locate, remember, unembed, within
 from qnext.functional.checks import check_call, check_trees
-from qnext.functional.model import unembed, within
-from qnext.functional.params import Params
+from qnext.functional.params import AttentionParams, MtpParams, Params
 from qnext.functional.state import KV, State
 from qnext.shapes import Shaped
 
@@ -49,34 +52,92 @@ def mtp(
     if not isinstance(hidden, Tensor) or list(hidden.shape) != wanted:
         got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
         raise InputError(f"hidden must be a tensor {wanted} to go with tokens, got {got}")
-    hidden, state = _module(params, state, hidden, tokens, lengths, module)
-    return unembed(params, hidden), hidden, state
+    step = locate(params.config, state, state.mtp_lengths, within(lengths, tokens))
+    hidden, state = predict(params, state, hidden, tokens, step, module)
+    return unembed(params, hidden), hidden, state._replace(mtp_lengths=step.context)
 
 
-def _module(
+def predict(
     params: Shaped[Params],
     state: Shaped[State],
     hidden: Float[Tensor, "batch seq d"],
     tokens: Int[Tensor, "batch seq"],
-    lengths: Int[Tensor, " batch"],
-    module: int,
+    step: Shaped[Step],
+    module: int = 0,
 ) -> tuple[Float[Tensor, "batch seq d"], Shaped[State]]:
-    config, p = params.config, params.mtp[module]
-    eps = config.rms_norm_eps
-    valid = within(lengths, tokens)
-    step = locate(config, state, state.mtp_lengths, valid)
-    joined = torch.cat(
-        [
-            ops.rms_norm(
-                x=embedding(tokens.where(valid, 0), params.embed), weight=p.embed_norm, eps=eps
-            ),
-            ops.rms_norm(x=hidden, weight=p.hidden_norm, eps=eps),
-        ],
-        dim=-1,
-    )
-    x, kv = layer(p.layer, state.mtp[module], linear(joined, p.fc), step, config)
+    """hidden' of pairs at the places of `step`, and the state with their keys and values."""
+    p, pools = params.mtp[module], state.mtp[module]
+    eps = params.config.rms_norm_eps
+    u = _joined(params, p, hidden, tokens, step)
+    x, kv = layer(p.layer, KV(pools.key, pools.value), u, step, params.config)
     assert isinstance(kv, KV)
-    return ops.rms_norm(x=x, weight=p.norm, eps=eps), state._replace(
-        mtp_lengths=step.context,
-        mtp=(*state.mtp[:module], kv, *state.mtp[module + 1 :]),
+    pools = pools._replace(key=kv.key, value=kv.value)
+    modules = (*state.mtp[:module], pools, *state.mtp[module + 1 :])
+    return ops.rms_norm(x=x, weight=p.norm, eps=eps), state._replace(mtp=modules)
+
+
+def _joined(
+    params: Shaped[Params],
+    p: Shaped[MtpParams],
+    hidden: Float[Tensor, "batch seq d"],
+    tokens: Int[Tensor, "batch seq"],
+    step: Shaped[Step],
+) -> Float[Tensor, "batch seq d"]:
+    """The module layer's input: fc of the token's embedding and the hidden state, both normed."""
+    eps = params.config.rms_norm_eps
+    embedded = embedding(tokens.where(step.valid, 0), params.embed)
+    both = [
+        ops.rms_norm(x=embedded, weight=p.embed_norm, eps=eps),
+        ops.rms_norm(x=hidden, weight=p.hidden_norm, eps=eps),
+    ]
+    return linear(torch.cat(both, dim=-1), p.fc)
+
+
+def follows(state: Shaped[State]) -> bool:
+    """Whether the module follows what this state consumes: a question of its shapes alone."""
+    return bool(state.mtp) and state.slots.shape[1] > 1
+
+
+def present(state: Shaped[State]) -> Float[Tensor, "batch d"]:
+    """The model's hidden state after the last token of each row; nothing in a fresh row."""
+    pool = state.mtp[0].hidden
+    return pool.flatten(0, 1).index_select(0, state.rows * pool.shape[1] + state.accepted)
+
+
+def follow(
+    params: Shaped[Params],
+    state: Shaped[State],
+    hidden: Float[Tensor, "batch seq d"],
+    tokens: Int[Tensor, "batch seq"],
+    step: Shaped[Step],
+) -> Shaped[State]:
+    """The module's part of a call: keys and values of its pairs, and hidden states to go on from.
+
+    `hidden` are the model's after `tokens`, `step` is the model's. Of a fresh row the first token
+    makes no pair. The module's output is not needed here, so nothing of it but the beginning runs.
+    """
+    p, pools, config = params.mtp[0], state.mtp[0], params.config
+    line = torch.cat([present(state)[:, None].to(hidden.dtype), hidden], dim=1)
+
+    position = step.position - 1
+    each = step.slot.shape[1] > 1
+    pairs = locate(config, state, state.lengths - 1, step.valid & (position >= 0), each)
+    u = _joined(params, p, line[:, :-1], tokens, pairs)
+    normed = ops.rms_norm(x=u, weight=p.layer.input_norm, eps=config.rms_norm_eps)
+    assert isinstance(p.layer.mixer, AttentionParams)
+    _, _, kv = remember(p.layer.mixer, KV(pools.key, pools.value), normed, pairs, config)
+
+    drafts = torch.arange(pools.hidden.shape[1], dtype=step.start.dtype, device=hidden.device)
+    last = (step.start[:, None] + drafts).clamp(max=tokens.shape[1]).long()
+    kept = line.take_along_dim(last[..., None], dim=1).to(pools.hidden.dtype)
+    fresh = pools._replace(
+        key=kv.key, value=kv.value, hidden=pools.hidden.index_put((step.row.long(),), kept)
     )
+    return state._replace(mtp=(fresh, *state.mtp[1:]))
+
+
+def advanced(state: Shaped[State], lengths: Int[Tensor, " batch"]) -> Shaped[State]:
+    """The state with `lengths` tokens consumed; the module that follows is a pair behind."""
+    if not follows(state):
+        return state._replace(lengths=lengths)
+    return state._replace(lengths=lengths, mtp_lengths=(lengths - 1).clamp(min=0))

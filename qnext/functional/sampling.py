@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float32, Int, Int32, Int64
+from jaxtyping import Bool, Float, Float32, Int, Int32, Int64
 from torch import Tensor
 
 from qnext.errors import InputError
@@ -133,23 +133,24 @@ def sample(
         )
     batch = logits.shape[0]
     each = records(sampling, batch)
-    settings = knobs(each, logits.device)
-    logits = logits.to(torch.float32)
-    if any(s.penalises for s in each):
-        if counts is None:
-            raise InputError("penalties need the tokens seen so far: pass counts=Counts(...)")
-        logits = penalise(logits, settings, counts)
-    if any(s.filters for s in each):
-        logits = restrict(logits, settings)
-    if all(s.temperature == 0 for s in each):
-        return logits.argmax(-1)
+    if any(s.penalises for s in each) and counts is None:
+        raise InputError("penalties need the tokens seen so far: pass counts=Counts(...)")
     position = torch.as_tensor(position, device=logits.device)
     if position.is_floating_point() or position.shape not in ((), (1,), (batch,)):
         raise InputError(
             f"position must be an integer or one for each of the {batch} rows, "
             f"got {position.dtype} {list(position.shape)}"
         )
-    return draw(logits, settings, position.expand(batch))
+    settings, filters = how(each, logits.device)
+    seen = counts if any(s.penalises for s in each) else None
+    return choose(logits, position.expand(batch), settings, filters, seen)
+
+
+def how(each: Sequence[Sampling], device: torch.device | None = None) -> tuple[Knobs | None, bool]:
+    """(settings, filters) as `choose` takes them: None where all rows take the likeliest."""
+    if all(s.temperature == 0 and not s.penalises for s in each):
+        return None, False
+    return knobs(each, device), any(s.filters for s in each)
 
 
 def draw(
@@ -158,6 +159,28 @@ def draw(
     """argmax(logits + temperature * noise): the Gumbel-max rule, and greedy at temperature 0."""
     noise = ops.gumbel(seed=settings.seed, position=position, vocab=logits.shape[-1])
     return (logits + settings.temperature[:, None] * noise).argmax(-1)
+
+
+def choose(
+    logits: Float[Tensor, "batch vocab"],
+    position: Int[Tensor, " batch"],
+    settings: Shaped[Knobs] | None = None,
+    filters: bool = False,
+    counts: Shaped[Counts] | None = None,
+) -> Int64[Tensor, " batch"]:
+    """`sample` without checks or a look at any value, so that it may be part of a compiled step.
+
+    No settings: the likeliest. `filters`: some row has top_k, top_p or min_p, which sorts the
+    vocabulary; `counts`: some row has penalties.
+    """
+    if settings is None:
+        return logits.argmax(-1)
+    logits = logits.to(torch.float32)
+    if counts is not None:
+        logits = penalise(logits, settings, counts)
+    if filters:
+        logits = restrict(logits, settings)
+    return draw(logits, settings, position)
 
 
 def restrict(

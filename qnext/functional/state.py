@@ -34,6 +34,18 @@ class Delta(NamedTuple):
     window: Float[Tensor, "rows window conv"]  # width - 1 + draft inputs
 
 
+class Mtp(NamedTuple):
+    """An MTP module: its own keys and values, in the layers' pages, and what it goes on from.
+
+    `hidden` are the model's hidden states after the last call's tokens, the present one at
+    `accepted`, as windows begin there. Kept where the state has room for drafts.
+    """
+
+    key: Float[Tensor, "pages page hkv hd"]
+    value: Float[Tensor, "pages page hkv hd"]
+    hidden: Float[Tensor, "rows drafts d"]
+
+
 LayerState: TypeAlias = KV | Delta
 
 
@@ -49,7 +61,7 @@ class State(NamedTuple):
     accepted: Int32[Tensor, " batch"]
     layers: tuple[LayerState, ...]
     mtp_lengths: Int32[Tensor, " batch"]  # (hidden, next token) pairs the MTP modules consumed
-    mtp: tuple[KV, ...]  # the MTP modules' own keys and values; same pages, own pools
+    mtp: tuple[Mtp, ...]
 
     @property
     def batch(self) -> int:
@@ -69,7 +81,8 @@ def init_state(
 
     `dtype` is that of keys, values and windows (default: the config's compute dtype); recurrent
     states have the config's state dtype. `draft` is the number of tokens that may be drafted ahead
-    for speculation: it buys `draft` further slots a sequence. On device "meta" the result is specs.
+    for speculation: it buys `draft` further slots a sequence, and the MTP module, where there is
+    one, then follows whatever the state consumes. On device "meta" the result is specs.
     """
     for name, number, least in (
         ("batch", batch, 1),
@@ -85,6 +98,7 @@ def init_state(
         "pages": 1 + batch * max_pages,
         "slots": 1 + batch * drafts,
         "rows": 1 + batch,
+        "drafts": drafts,
         "window": config.linear_conv_kernel_dim - 1 + draft,
     }
 
@@ -107,7 +121,7 @@ def init_state(
         accepted=counts(0),
         layers=tuple(allocate(kind, sizes, zeros) for kind in kinds),
         mtp_lengths=counts(0),
-        mtp=tuple(allocate(KV, sizes, zeros) for _ in range(config.mtp_layers)),
+        mtp=tuple(allocate(Mtp, sizes, zeros) for _ in range(config.mtp_layers)),
     )
 
 
@@ -137,6 +151,10 @@ def select(state: State, rows: Tensor | list[int]) -> State:
     def delta(pools: Delta) -> Delta:
         return Delta(gather(pools.recurrent, state.slots), gather(pools.window, state.rows))
 
+    def mtp(pools: Mtp) -> Mtp:
+        keys, values = (gather(pool, state.block_table) for pool in pools[:2])
+        return Mtp(keys, values, gather(pools.hidden, state.rows))
+
     def renumber(table: Tensor) -> Tensor:
         fresh = table[index]
         return torch.arange(1, 1 + fresh.numel(), dtype=torch.int32, device=table.device).view_as(
@@ -152,7 +170,7 @@ def select(state: State, rows: Tensor | list[int]) -> State:
         accepted=state.accepted[index],
         layers=tuple(kv(s) if isinstance(s, KV) else delta(s) for s in state.layers),
         mtp_lengths=state.mtp_lengths[index],
-        mtp=tuple(kv(s) for s in state.mtp),
+        mtp=tuple(map(mtp, state.mtp)),
     )
 
 
@@ -174,12 +192,16 @@ def clear(state: State, rows: Tensor | list[int]) -> State:
     def delta(pools: Delta) -> Delta:
         return Delta(zeroed(pools.recurrent, state.slots), zeroed(pools.window, state.rows))
 
+    def mtp(pools: Mtp) -> Mtp:
+        keys, values = (zeroed(pool, state.block_table) for pool in pools[:2])
+        return Mtp(keys, values, zeroed(pools.hidden, state.rows))
+
     return state._replace(
         lengths=state.lengths.index_fill(0, index, 0),
         accepted=state.accepted.index_fill(0, index, 0),
         layers=tuple(kv(s) if isinstance(s, KV) else delta(s) for s in state.layers),
         mtp_lengths=state.mtp_lengths.index_fill(0, index, 0),
-        mtp=tuple(kv(s) for s in state.mtp),
+        mtp=tuple(map(mtp, state.mtp)),
     )
 
 

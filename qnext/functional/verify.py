@@ -5,6 +5,7 @@ earlier index: no keys, values, windows or recurrent states are copied.
 
     logits, pending = verify(params, state, tokens)   # tokens [batch, 1 + drafted]
     state = commit(pending, accepted)                 # accepted [batch], 1 .. 1 + drafted
+    state = rewind(state, count)                      # on second thoughts, count [batch] fewer
 
 (Leviathan et al., arXiv:2211.17192, verify by probability; here a caller accepts by comparison.)
 """
@@ -14,8 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qnext.errors import CapacityError, InputError
+from qnext.functional.blocks import unembed
 from qnext.functional.checks import INTEGERS, checked
-from qnext.functional.model import trunk, unembed
+from qnext.functional.model import trunk
+from qnext.functional.mtp import advanced
 from qnext.functional.params import Params
 from qnext.functional.state import State
 from qnext.functional.tree import is_concrete
@@ -55,14 +58,24 @@ def commit(state: State, accepted: Tensor) -> State:
     _check_accepted(state, accepted)
     count = accepted.to(torch.int32)
     last = (count - 1).clamp(min=0)
-    return state._replace(
-        lengths=state.lengths + count,
-        slots=_first(state.slots, last),
-        accepted=last,
-    )
+    state = advanced(state, state.lengths + count)
+    return state._replace(slots=_swapped(state.slots, last), accepted=last)
 
 
-def _first(
+def rewind(state: State, count: Tensor) -> State:
+    """The state `count` [batch] tokens earlier, within the tokens of the last `commit`.
+
+    Like commit it chooses: the states after all of those tokens are still there, until something
+    else is consumed. At least one of them stays; 0 leaves a row as it is. Raises InputError.
+    """
+    _check_rewind(state, count)
+    count = count.to(torch.int32)
+    last = state.accepted - count
+    slots = _swapped(_swapped(state.slots, state.accepted), last)
+    return advanced(state, state.lengths - count)._replace(slots=slots, accepted=last)
+
+
+def _swapped(
     slots: Int[Tensor, "batch drafts"], chosen: Int[Tensor, " batch"]
 ) -> Int[Tensor, "batch drafts"]:
     """Each row's chosen slot changes places with its first: no slot is lost or held twice."""
@@ -74,20 +87,22 @@ def _first(
     return slots.gather(1, order)
 
 
-def _check_accepted(state: State, accepted: Tensor) -> None:
+def _check_counts(name: str, state: State, counts: object) -> None:
     if (
-        not isinstance(accepted, Tensor)
-        or accepted.dtype not in INTEGERS
-        or accepted.shape != state.lengths.shape
+        not isinstance(counts, Tensor)
+        or counts.dtype not in INTEGERS
+        or counts.shape != state.lengths.shape
     ):
-        raise InputError(
-            f"accepted must be int32 or int64 [batch={state.batch}], got "
-            + (
-                f"{accepted.dtype} {list(accepted.shape)}"
-                if isinstance(accepted, Tensor)
-                else type(accepted).__name__
-            )
+        got = (
+            f"{counts.dtype} {list(counts.shape)}"
+            if isinstance(counts, Tensor)
+            else type(counts).__name__
         )
+        raise InputError(f"{name} must be int32 or int64 [batch={state.batch}], got {got}")
+
+
+def _check_accepted(state: State, accepted: Tensor) -> None:
+    _check_counts("accepted", state, accepted)
     if not (is_concrete(accepted) and is_concrete(state.lengths)):
         return
     for row, (count, held) in enumerate(
@@ -104,4 +119,17 @@ def _check_accepted(state: State, accepted: Tensor) -> None:
             raise CapacityError(
                 f"row {row} would hold {length} tokens, but its capacity is {room}; verify fewer "
                 "tokens of it, by lengths"
+            )
+
+
+def _check_rewind(state: State, count: Tensor) -> None:
+    _check_counts("count", state, count)
+    if not (is_concrete(count) and is_concrete(state.accepted)):
+        return
+    held = state.accepted.clamp(min=0).tolist()
+    for row, (back, most) in enumerate(zip(count.tolist(), held, strict=True)):
+        if not 0 <= back <= most:
+            raise InputError(
+                f"count[{row}] = {back} must lie in 0..{most}, the tokens of the last commit but "
+                "the first, if nothing was consumed since; for more keep an earlier state"
             )

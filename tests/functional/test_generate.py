@@ -311,7 +311,7 @@ def test_too_little_capacity_is_told_first(
     state = empty(params, capacity=used + PROMPT + NEW - 1)
     if used:
         _, state = qn.forward(params, state, prompt(used))
-    for name in ("prefill", "decode", "sample"):
+    for name in ("prefill", "decode", "choose"):
         monkeypatch.setattr(f"qnext.functional.generate.{name}", lambda *_: pytest.fail("called"))
     lengths = torch.tensor([4, 1, PROMPT, 2, 3])
     with pytest.raises(qn.CapacityError, match=f"row 2 holds {used} .* its capacity is"):
@@ -335,7 +335,7 @@ def test_an_empty_prompt_is_refused(params: qn.Params) -> None:
 def test_stream_is_generate_token_by_token(params: qn.Params, text: Tensor) -> None:
     """Each yielded state has consumed each yielded token, so any of them can be gone on from."""
     pieces = list(qn.stream(params, empty(params), prompt(), NEW))
-    assert torch.equal(torch.stack([new for new, _ in pieces], dim=1), text)
+    assert torch.equal(torch.cat([new for new, _ in pieces], dim=1), text)
     for made, (_, state) in enumerate(pieces[:-1], start=1):
         assert state.lengths.tolist() == [PROMPT + made] * BATCH
     more = prompt(1, seed=9)[:, 0]
