@@ -13,7 +13,7 @@ from there, and what it writes itself, from guesses, is overwritten when the gue
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
@@ -68,7 +68,7 @@ def predict(
     """hidden' of pairs at the places of `step`, and the state with their keys and values."""
     p, pools = params.mtp[module], state.mtp[module]
     eps = params.config.rms_norm_eps
-    u = _joined(params, p, hidden, tokens, step)
+    u = _joined(params, p, hidden, tokens, step.valid)
     x, kv = layer(p.layer, KV(pools.key, pools.value), u, step, params.config)
     assert isinstance(kv, KV)
     pools = pools._replace(key=kv.key, value=kv.value)
@@ -81,11 +81,11 @@ def _joined(
     p: Shaped[MtpParams],
     hidden: Float[Tensor, "batch seq d"],
     tokens: Int[Tensor, "batch seq"],
-    step: Shaped[Step],
+    valid: Bool[Tensor, "batch seq"],
 ) -> Float[Tensor, "batch seq d"]:
     """The module layer's input: fc of the token's embedding and the hidden state, both normed."""
     eps = params.config.rms_norm_eps
-    embedded = embedding(tokens.where(step.valid, 0), params.embed)
+    embedded = embedding(tokens.where(valid, 0), params.embed)
     both = [
         ops.rms_norm(x=embedded, weight=p.embed_norm, eps=eps),
         ops.rms_norm(x=hidden, weight=p.hidden_norm, eps=eps),
@@ -122,7 +122,7 @@ def follow(
     position = step.position - 1
     each = step.slot.shape[1] > 1
     pairs = locate(config, state, state.lengths - 1, step.valid & (position >= 0), each)
-    u = _joined(params, p, line[:, :-1], tokens, pairs)
+    u = _joined(params, p, line[:, :-1], tokens, step.valid)
     normed = ops.rms_norm(x=u, weight=p.layer.input_norm, eps=config.rms_norm_eps)
     assert isinstance(p.layer.mixer, AttentionParams)
     _, _, kv = remember(p.layer.mixer, KV(pools.key, pools.value), normed, pairs, config)

@@ -182,7 +182,7 @@ def _accepted(
     drawn = _draw_each(logits, state.lengths[:, None] + (at + 1), line, settings, filters, counts)
     missed = (drawn[:, :-1] != line[:, 1:]).to(room.dtype)
     right = (missed.cumsum(1) == 0).sum(1, dtype=room.dtype)
-    count = (right + 1).minimum(room).clamp(min=0)
+    count = (right + 1).minimum(room)
     after = commit(pending, count)
     after = after._replace(accepted=after.accepted.where(room > 0, state.accepted))
     return drawn.where(at < count[:, None], -1), count, after
@@ -219,7 +219,7 @@ def _draw_each(
     """What the model draws after each token of a line; counts grow with the tokens before it."""
     width = line.shape[1]
     if counts is None:
-        each = settings and Knobs(*(s.repeat_interleave(width) for s in settings))
+        each = settings and Knobs(*(s[:, None].expand(-1, width).flatten() for s in settings))
         flat = choose(logits.flatten(0, 1), position.flatten(), each, filters)
         return flat.view_as(line)
     columns = []

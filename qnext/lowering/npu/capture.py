@@ -9,6 +9,7 @@ value: a copy, except for donated leaves, whose memory is the caller's from call
 import json
 import tempfile
 import warnings
+from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from qnext.errors import LoweringError
+from qnext.lowering.calls import call_of
 from qnext.lowering.donate import IN_PLACE
-from qnext.lowering.graph import primitive_of, site_name
+from qnext.lowering.graph import primitive_of, site_name, value
 from qnext.lowering.host import checked, updates
 from qnext.lowering.npu.probe import first_line, require_torch_npu
 from qnext.lowering.trace import bind
@@ -133,8 +135,15 @@ def _fixed(compiled: "Compiled") -> set[int]:
     }
 
 
-def _leaf(node: Any) -> Node:
-    """The input at the beginning of a chain of views and writes."""
-    while node.op == "call_function":
-        node = node.all_input_nodes[0]
-    return node
+def _leaf(pool: Any) -> Node:
+    """The input whose memory a pool has, through views and the writes before."""
+    while pool.op == "call_function":
+        picked = pool.target is getitem
+        maker = pool.all_input_nodes[0] if picked else pool
+        if (call := call_of(maker)) and call.writes:  # what it writes are its last results
+            results = len(value(maker)) if picked else 1
+            place = (pool.args[1] if picked else 0) - results
+            pool = maker.kwargs[call.writes[place]]
+        else:
+            pool = pool.all_input_nodes[0]
+    return pool
