@@ -26,11 +26,13 @@ examples:
     qnext generate --stop Question
   qnext generate --chat                                 talk to it; an empty line or Ctrl-D ends
   qnext generate --prompt "Tom went to the market." --temperature 0.8 --seed 7
+  qnext generate --chat "Who are you?" --draft 2        guess 2 tokens ahead: the same text, sooner
   qnext generate path/to/checkpoint --prompt "Hello" --json | jq -r .text
 """
 EVAL_EXAMPLES = """\
 examples:
   qnext eval                                            the demo on its 200 unseen problems
+  qnext eval --draft 1                                  the same answers, and what was guessed right
   qnext eval path/to/checkpoint --data gsm8k_test.jsonl --shots 5 --json result.json
 """
 DOCTOR_EXAMPLES = """\
@@ -85,6 +87,7 @@ def _add_generate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     verb.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
     )
+    _add_draft(verb)
     verb.add_argument("--json", action="store_true", help="print one JSON object at the end")
     verb.set_defaults(run=run_generate)
 
@@ -106,6 +109,7 @@ def _add_eval(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     verb.add_argument("--limit", type=int, metavar="N", help="ask only the first N problems")
     verb.add_argument("--batch", type=int, default=16, metavar="B", help="problems at a time")
     verb.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
+    _add_draft(verb)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write figures and all answers")
     verb.set_defaults(run=run_eval)
 
@@ -127,6 +131,17 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="checkpoint directory")
     verb.add_argument(
         "--dtype", choices=DTYPES, help="compute in (default: as stored; the demo: float32)"
+    )
+
+
+def _add_draft(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--draft",
+        type=int,
+        default=0,
+        metavar="K",
+        help="guess K tokens ahead with the checkpoint's MTP module and verify them in one call of "
+        "the model; changes no token. Acceptance is told at the end (default: 0)",
     )
 
 
@@ -190,7 +205,9 @@ def _answer(
     first: float | None = None
     text, last = "", Piece(0, "", 0, None)
     try:
-        for last in complete(params, tokenizer, [prompt], args.max_new_tokens, sampling, args.stop):
+        for last in complete(
+            params, tokenizer, [prompt], args.max_new_tokens, sampling, args.stop, args.draft
+        ):
             first = time.monotonic() if first is None else first
             text += last.text
             if not quiet:
@@ -200,13 +217,19 @@ def _answer(
             print(flush=True)
         ended = time.monotonic()
         figures = _figures(len(prompt), last, began, first or ended, ended)
+        drafted = f"; draft {args.draft}: {last.acceptance}" if args.draft else ""
         if quiet:
-            print(json.dumps({"prompt": said, "text": text, **figures}), flush=True)
+            guesses = {
+                "draft": args.draft,
+                "acceptance": last.acceptance.rates,
+                "tokens_per_step": last.acceptance.tokens_per_step,
+            }
+            print(json.dumps({"prompt": said, "text": text, **figures, **guesses}), flush=True)
         else:
             print(
                 f"[{figures['prompt_tokens']} prompt tokens, first text after "
                 f"{figures['first_text_seconds']:.2f} s; {figures['tokens']} new tokens, "
-                f"{figures['tokens_per_second']:.1f} tokens/s; {figures['finish']}]",
+                f"{figures['tokens_per_second']:.1f} tokens/s; {figures['finish']}{drafted}]",
                 file=sys.stderr,
                 flush=True,
             )
@@ -237,12 +260,15 @@ def run_eval(args: argparse.Namespace) -> None:
         batch=args.batch,
         max_new_tokens=args.max_new_tokens,
         limit=args.limit,
+        draft=args.draft,
     )
     print(f"accuracy           {report.accuracy:.3f}")
     print(f"  beyond the shots {report.accuracy_beyond_shots:.3f}")
     print(f"invalid            {report.invalid:.3f}")
     print(f"latency            {report.seconds:.1f} s for {report.problems} problems")
     print(f"output throughput  {report.output_tokens_per_second:.1f} tokens/s")
+    if args.draft:
+        print(f"draft {args.draft}            {report.acceptance}")
     if args.json:
         report.write(args.json)
 

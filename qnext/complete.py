@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qnext.acceptance import Acceptance, of_step
 from qnext.errors import InputError
 from qnext.functional.generate import GREEDY, stream
 from qnext.functional.model import prefill
@@ -18,13 +19,15 @@ from qnext.text import Tokenizer
 class Piece(NamedTuple):
     """Text that became certain in one row; `finish` is set on a row's last piece.
 
-    tokens: new tokens of the row so far. finish: "eos", "stop" or "length".
+    tokens: new tokens of the row so far. finish: "eos", "stop" or "length". acceptance: of the
+    row's guesses so far.
     """
 
     row: int
     text: str
     tokens: int
     finish: str | None
+    acceptance: Acceptance = Acceptance()
 
 
 class _Row:
@@ -35,6 +38,7 @@ class _Row:
         self.decoder = tokenizer.stream(prompt)
         self.held, self.ready, self.tokens = "", "", 0
         self.finish: str | None = None
+        self.acceptance = Acceptance()
 
     def push(self, token: int) -> None:
         self.tokens += 1
@@ -77,14 +81,16 @@ def complete(
     max_new_tokens: int,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     stops: Sequence[str] = (),
+    draft: int = 0,
 ) -> Iterator[Piece]:
     """Continue prompts (token ids) as text, yielding pieces of any row as they become certain.
 
     A row ends at an eos token, before the first occurrence of a string of `stops`, or after
-    `max_new_tokens`. What all prompts begin with is prefilled once. Raises InputError.
+    `max_new_tokens`. What all prompts begin with is prefilled once. With `draft` so many tokens
+    are guessed ahead, which changes no text. Raises InputError.
     """
     rows = [_Row(tokenizer, prompt, stops) for prompt in prompts]
-    state, tokens, lengths = shared_prefix(params, prompts, max_new_tokens)
+    state, tokens, lengths = shared_prefix(params, prompts, max_new_tokens, draft)
 
     def stop(new: Tensor) -> Tensor:
         for row, token in zip(rows, new.tolist(), strict=True):
@@ -93,18 +99,21 @@ def complete(
         return torch.tensor([row.finish is not None for row in rows], device=new.device)
 
     told = [False] * len(rows)
-    for _ in stream(params, state, tokens, max_new_tokens, lengths, sampling, stop):
-        for i, row in enumerate(rows):
+    steps = stream(params, state, tokens, max_new_tokens, lengths, sampling, stop, draft)
+    for new, _ in steps:
+        for i, (row, made) in enumerate(zip(rows, (new >= 0).sum(1).tolist(), strict=True)):
             if row.tokens == max_new_tokens and row.finish is None:
                 row.end("length")
+            if made:
+                row.acceptance += of_step(made, draft, row.finish is not None)
             text = row.release()
             if not told[i] and (text or row.finish):
-                yield Piece(i, text, row.tokens, row.finish)
+                yield Piece(i, text, row.tokens, row.finish, row.acceptance)
             told[i] = row.finish is not None
 
 
 def shared_prefix(
-    params: Params, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    params: Params, prompts: Sequence[Sequence[int]], max_new_tokens: int, draft: int = 0
 ) -> tuple[State, Tensor, Tensor]:
     """(state, tokens, lengths): the state has consumed what all prompts share, once for all.
 
@@ -118,7 +127,8 @@ def shared_prefix(
     batch, device = len(prompts), params.embed.device
     shared = shared if batch > 1 else 0
     rows = 1 if shared else batch
-    state = init_state(params.config, rows, longest + max_new_tokens, device=device)
+    room = longest + max_new_tokens
+    state = init_state(params.config, rows, room, device=device, draft=draft)
     if shared:
         prefix = torch.tensor([list(prompts[0][:shared])], device=device)
         with torch.no_grad():

@@ -8,14 +8,15 @@ the text with commas removed. Protocol: github.com/sgl-project/sglang, few_shot_
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from qnext.complete import complete
+from qnext.acceptance import Acceptance
+from qnext.complete import Piece, complete
 from qnext.errors import QnextError
 from qnext.functional.params import Params
 from qnext.functional.sampling import Sampling
@@ -46,10 +47,15 @@ class Report:
     seconds: float
     output_tokens: int
     output_tokens_per_second: float
+    acceptance: Acceptance  # of guesses, where any were made
     results: tuple[dict[str, Any], ...]
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        speed = {
+            "acceptance_by_position": self.acceptance.rates,
+            "tokens_per_step": self.acceptance.tokens_per_step,
+        }
+        path.write_text(json.dumps(asdict(self) | speed, indent=1) + "\n", encoding="utf-8")
 
 
 def read_problems(path: str | Path) -> list[Problem]:
@@ -98,11 +104,13 @@ def evaluate(
     batch: int = 16,
     max_new_tokens: int = 512,
     limit: int | None = None,
+    draft: int = 0,
     progress: bool | None = None,
 ) -> Report:
     """Ask the first `limit` problems (default: all), `batch` at a time, after `shots` examples.
 
-    Raises DataError where there are fewer problems than shots.
+    With `draft` so many tokens are guessed ahead, which changes no answer. Raises DataError where
+    there are fewer problems than shots.
     """
     if not 0 <= shots <= len(problems):
         raise DataError(f"{shots} shots need as many problems; the file has {len(problems)}")
@@ -110,15 +118,16 @@ def evaluate(
     chosen = problems[:limit]
     began = time.monotonic()
     results: list[dict[str, Any]] = []
+    acceptance = Acceptance()
     hidden = None if progress is None else not progress
     with tqdm(total=len(chosen), desc="eval", unit="problem", disable=hidden) as bar:
         for first in range(0, len(chosen), batch):
             group = chosen[first : first + batch]
             prompts = [tokenizer.encode(prefix + asked(problem)) for problem in group]
-            for problem, (text, tokens) in zip(
-                group, _texts(params, tokenizer, prompts, max_new_tokens), strict=True
-            ):
-                results.append(_judged(problem, text, tokens))
+            answers = _answers(params, tokenizer, prompts, max_new_tokens, draft)
+            for problem, last in zip(group, answers, strict=True):
+                results.append(_judged(problem, last.text, last.tokens))
+                acceptance += last.acceptance
             bar.update(len(group))
             bar.set_postfix(accuracy=f"{_share(results, 'right'):.3f}")
     seconds = time.monotonic() - began
@@ -132,20 +141,20 @@ def evaluate(
         seconds=seconds,
         output_tokens=output,
         output_tokens_per_second=output / seconds,
+        acceptance=acceptance,
         results=tuple(results),
     )
 
 
-def _texts(
-    params: Params, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int
-) -> Iterator[tuple[str, int]]:
-    """Each prompt's continuation and its number of tokens."""
-    texts, tokens = [""] * len(prompts), [0] * len(prompts)
+def _answers(
+    params: Params, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int, draft: int
+) -> list[Piece]:
+    """Each prompt's continuation, in one piece."""
+    whole = [Piece(row, "", 0, None) for row in range(len(prompts))]
     greedy = Sampling(temperature=0.0)
-    for piece in complete(params, tokenizer, prompts, max_new_tokens, greedy, STOPS):
-        texts[piece.row] += piece.text
-        tokens[piece.row] = piece.tokens
-    return zip(texts, tokens, strict=True)
+    for piece in complete(params, tokenizer, prompts, max_new_tokens, greedy, STOPS, draft):
+        whole[piece.row] = piece._replace(text=whole[piece.row].text + piece.text)
+    return whole
 
 
 def _judged(problem: Problem, text: str, tokens: int) -> dict[str, Any]:

@@ -62,13 +62,15 @@ def locate(
     taken = valid.sum(1, dtype=past.dtype)
     last_page = state.block_table.shape[1] - 1
     page = state.block_table.gather(1, (position // PAGE).clamp(0, last_page).long())
-    written = valid & (position < state.capacity[:, None]) if each else valid
+    kv_index = torch.add(position % PAGE, page, alpha=PAGE).where(valid, 0)
+    if each:
+        kv_index = kv_index.where(position < state.capacity[:, None], 0)
     return Step(
         position=position,
         valid=valid,
         taken=taken,
         context=past + taken,
-        kv_index=torch.add(position % PAGE, page, alpha=PAGE).where(written, 0),
+        kv_index=kv_index,
         block_table=state.block_table,
         slot=state.slots[:, : seq if each else 1],
         row=state.rows,

@@ -119,9 +119,9 @@ def follow(
     p, pools, config = params.mtp[0], state.mtp[0], params.config
     line = torch.cat([present(state)[:, None].to(hidden.dtype), hidden], dim=1)
 
-    position = step.position - 1
     each = step.slot.shape[1] > 1
-    pairs = locate(config, state, state.lengths - 1, step.valid & (position >= 0), each)
+    pairs = locate(config, state, state.lengths - 1, step.valid, each)
+    pairs = pairs._replace(kv_index=pairs.kv_index.where(pairs.position >= 0, 0))
     u = _joined(params, p, line[:, :-1], tokens, step.valid)
     normed = ops.rms_norm(x=u, weight=p.layer.input_norm, eps=config.rms_norm_eps)
     assert isinstance(p.layer.mixer, AttentionParams)

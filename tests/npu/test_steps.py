@@ -29,7 +29,7 @@ def compiled(given: Case, target: Target = TARGET) -> Compiled:
 def real_rows(tree: Any) -> list[tuple[str, Tensor]]:
     """The leaves of a state on the host, without scratch."""
     found = [(path, leaf.cpu()) for path, leaf in leaves_with_paths(tree)]
-    return [(path, leaf[1:] if "layers" in path else leaf) for path, leaf in found]
+    return [(path, leaf[1:] if "[" in path else leaf) for path, leaf in found]
 
 
 def near_tie(found: Found) -> bool:
