@@ -8,7 +8,7 @@ class Acceptance:
     """Counts of one text, or of many added up.
 
     Of each position in a draft: how many guesses there were judged, and how many were accepted with
-    all before them. A guess behind the token that ended a text was not judged.
+    all before them. A guess behind the end of a text was not judged, as neither right nor wrong.
     """
 
     steps: int = 0
@@ -17,10 +17,10 @@ class Acceptance:
     accepted: tuple[int, ...] = ()
 
     @property
-    def rates(self) -> tuple[float, ...]:
-        """The share accepted at each position, of all drafts that were judged there."""
+    def rates(self) -> tuple[float | None, ...]:
+        """The share accepted at each position, of all drafts judged there; None of none."""
         pairs = zip(self.accepted, self.judged, strict=True)
-        return tuple(right / judged if judged else 0.0 for right, judged in pairs)
+        return tuple(right / judged if judged else None for right, judged in pairs)
 
     @property
     def tokens_per_step(self) -> float:
@@ -36,15 +36,24 @@ class Acceptance:
         )
 
     def __str__(self) -> str:
-        rates = ", ".join(f"{rate:.2f}" for rate in self.rates)
+        if not self.steps:
+            return "no step yet"
+        rates = ", ".join("-" if rate is None else f"{rate:.2f}" for rate in self.rates)
         return f"accepted {rates} by position; {self.tokens_per_step:.2f} tokens a step"
 
 
-def of_step(tokens: int, draft: int, ended: bool) -> Acceptance:
-    """One row's step that consumed `tokens`, all but the first of them guesses out of `draft`."""
+def of_step(tokens: int, draft: int, room: int, ended: bool) -> Acceptance:
+    """One row's step that consumed `tokens` of the `room` it had, all but the first being guesses.
+
+    Where the step ended the text, or without room, guesses further on were not judged.
+    """
     right = tokens - 1
-    accepted = (1,) * right + (0,) * (draft - right)
-    return Acceptance(1, tokens, accepted if ended else (1,) * draft, accepted)
+    judged = right if ended else min(draft, room - 1)
+    return Acceptance(1, tokens, _ones(judged, draft), _ones(right, draft))
+
+
+def _ones(count: int, width: int) -> tuple[int, ...]:
+    return (1,) * count + (0,) * (width - count)
 
 
 def _sums(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:

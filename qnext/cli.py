@@ -14,6 +14,7 @@ from qnext import doctor
 from qnext.complete import Piece, complete
 from qnext.embedded import PROBLEMS
 from qnext.evaluate import evaluate, read_problems
+from qnext.functional.speculate import check_module
 from qnext.text import Tokenizer
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -146,13 +147,18 @@ def _add_draft(verb: argparse.ArgumentParser) -> None:
 
 
 def load(args: argparse.Namespace) -> tuple[qn.Params, Tokenizer]:
-    """Params and tokenizer of the command's model."""
+    """Params and tokenizer of the command's model, which can draft where that is asked."""
+    if args.draft < 0:
+        raise qn.InputError(f"draft must be an integer >= 0, got {args.draft}")
     dtype = DTYPES.get(args.dtype)
     if args.model is None:
         return qn.demo(dtype or torch.float32), qn.tokenizer()
     qn.Config.from_hf(args.model)  # what can be refused at once is, before weights are read
     tokenizer = qn.tokenizer(args.model)
-    return qn.load(args.model, dtype=dtype), tokenizer
+    params = qn.load(args.model, dtype=dtype)
+    if args.draft:
+        check_module(params)
+    return params, tokenizer
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -268,7 +274,7 @@ def run_eval(args: argparse.Namespace) -> None:
     print(f"latency            {report.seconds:.1f} s for {report.problems} problems")
     print(f"output throughput  {report.output_tokens_per_second:.1f} tokens/s")
     if args.draft:
-        print(f"draft {args.draft}            {report.acceptance}")
+        print(f"{f'draft {args.draft}':<18} {report.acceptance}")
     if args.json:
         report.write(args.json)
 

@@ -105,7 +105,8 @@ def complete(
             if row.tokens == max_new_tokens and row.finish is None:
                 row.end("length")
             if made:
-                row.acceptance += of_step(made, draft, row.finish is not None)
+                room = max_new_tokens - (row.tokens - made)
+                row.acceptance += of_step(made, draft, room, row.finish is not None)
             text = row.release()
             if not told[i] and (text or row.finish):
                 yield Piece(i, text, row.tokens, row.finish, row.acceptance)

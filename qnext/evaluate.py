@@ -47,6 +47,7 @@ class Report:
     seconds: float
     output_tokens: int
     output_tokens_per_second: float
+    draft: int
     acceptance: Acceptance  # of guesses, where any were made
     results: tuple[dict[str, Any], ...]
 
@@ -141,6 +142,7 @@ def evaluate(
         seconds=seconds,
         output_tokens=output,
         output_tokens_per_second=output / seconds,
+        draft=draft,
         acceptance=acceptance,
         results=tuple(results),
     )

@@ -62,14 +62,15 @@ def locate(
     taken = valid.sum(1, dtype=past.dtype)
     last_page = state.block_table.shape[1] - 1
     page = state.block_table.gather(1, (position // PAGE).clamp(0, last_page).long())
-    kv_index = torch.add(position % PAGE, page, alpha=PAGE).where(valid, 0)
+    kv_index, context = torch.add(position % PAGE, page, alpha=PAGE).where(valid, 0), past + taken
     if each:
         kv_index = kv_index.where(position < state.capacity[:, None], 0)
+        context = context.minimum(state.capacity)
     return Step(
         position=position,
         valid=valid,
         taken=taken,
-        context=past + taken,
+        context=context,
         kv_index=kv_index,
         block_table=state.block_table,
         slot=state.slots[:, : seq if each else 1],

@@ -1,5 +1,6 @@
 """The embedded model: complete, small, and able to do what it was trained for."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import qnext as qn
 from examples.problems import HELD_OUT, Problem, check, held_out, training_problems
 from qnext.embedded import MODEL, PROBLEMS
-from qnext.evaluate import evaluate, read_problems
+from qnext.evaluate import Report, evaluate, read_problems
 from qnext.functional.params import AttentionParams, DeltaNetParams, MoeParams
 
 
@@ -42,16 +43,31 @@ def test_problems_are_the_held_out_ones() -> None:
         assert problem.question not in HELD_OUT
 
 
+@cache
+def evaluated(limit: int | None = None, draft: int = 0) -> Report:
+    problems = read_problems(PROBLEMS)
+    return evaluate(qn.demo(), qn.tokenizer(), problems, limit=limit, draft=draft, progress=False)
+
+
 def test_some_problems() -> None:
     """A sample, so that the default suite notices a model that broke; the bar is the slow test."""
-    report = evaluate(qn.demo(), qn.tokenizer(), read_problems(PROBLEMS), limit=24, progress=False)
+    report = evaluated(limit=24)
     assert report.accuracy >= 0.8
     assert report.invalid == 0
 
 
+@pytest.mark.parametrize("limit", [24, pytest.param(None, marks=pytest.mark.slow)])
+def test_guesses_are_right_and_change_no_answer(limit: int | None) -> None:
+    plain, ahead = evaluated(limit), evaluated(limit, draft=1)
+    assert ahead.results == plain.results
+    [first] = ahead.acceptance.rates
+    assert first is not None and first >= 0.70
+    assert ahead.acceptance.tokens_per_step >= 1.7
+
+
 @pytest.mark.slow
 def test_nine_of_ten_unseen_problems(tmp_path: Path) -> None:
-    report = evaluate(qn.demo(), qn.tokenizer(), read_problems(PROBLEMS), progress=False)
+    report = evaluated()
     assert report.problems == 200 and report.shots == 5
     assert report.accuracy >= 0.90
     assert report.accuracy_beyond_shots >= 0.90
