@@ -145,15 +145,23 @@ def main() -> None:
             lines.write(json.dumps(row) + "\n")
 
 
+def where_measured() -> dict[str, Any]:
+    """Commit, machine and versions, as every row of results tells them."""
+    commit = ["git", "describe", "--always", "--dirty"]
+    return {
+        "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__},
+    }
+
+
 def summary(
     times: dict[str, list[Times]], args: argparse.Namespace, limit: float
 ) -> dict[str, Any]:
     """Medians of all rounds, their ratios, and where they were measured."""
-    commit = ["git", "describe", "--always", "--dirty"]
     row: dict[str, Any] = {
         "benchmark": "eager",
-        "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        **where_measured(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "batch": args.batch,
         "prompt": args.prompt,
