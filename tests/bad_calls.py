@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import qnext as qn
+import tests.bad_calls_speculation  # noqa: F401  (fills CASES)
 from tests.calls import World, case, config, other, world
 
 ALL = "forward prefill decode verify generate"
@@ -221,11 +222,6 @@ integer("init_state: batch", lambda w, v: partial(qn.init_state, config(), v, 7)
 integer("init_state: capacity", lambda w, v: partial(qn.init_state, config(), 2, v))
 integer("init_state: draft", lambda w, v: partial(qn.init_state, config(), 2, 7, draft=v), least=0)
 integer("generate: draft", lambda w, v: partial(qn.generate, *w, 1, draft=v), least=0)
-other(
-    "generate: draft beyond the state's room",
-    lambda w: partial(qn.generate, *w, 1, draft=2),
-    r"draft=2 on a state that has room to draft 0: make it with init_state\(.*, draft=2\)",
-)
 
 for field, rule, values in (
     ("temperature", "a float32 number >= 0", (-0.5, 1e300, torch.nan, torch.inf)),
@@ -268,58 +264,8 @@ for rows in ([], [2], [0, -1], [[0, 1]]):
         rf"rows must list indices within 0\.\.1, got {re.escape(str(rows))}",
     )
 
-# --- verify and commit -------------------------------------------------------------------------
+# --- advance ----------------------------------------------------------------------------------
 
-case(
-    "tokens beyond what the state keeps",
-    r"given 3 tokens a row, this state keeps the states after 1: .*capacity, draft=2\)",
-    "verify",
-)
-
-
-def pending(w: World, used: int = 0) -> qn.State:
-    """A verification of three tokens that waits for commit, in a state with room for 7."""
-    state = qn.verify(w.params, qn.init_state(config(), 2, 7, draft=2), w.tokens)[1]
-    return state._replace(lengths=state.lengths + used)
-
-
-MOST = r"\[{}\] = {} must lie in 0\.\.{}, the tokens of that row which the state holds from veri"
-KIND = r"accepted must be int32 or int64 \[batch=2\], got {}"
-for name, says, value in (
-    ("beyond what is kept", "accepted" + MOST.format(1, 4, 3), [3, 4]),
-    ("negative", "accepted" + MOST.format(0, -1, 3), [-1, 3]),
-    ("beyond int32", "accepted" + MOST.format(1, 2**32 + 1, 3), [1, 2**32 + 1]),
-    ("float", KIND.format(r"torch\.float32 \[2\]"), [1.0, 2.0]),
-    ("bool", KIND.format(r"torch\.bool \[2\]"), [True, False]),
-    ("of another batch", KIND.format(r"torch\.int64 \[3\]"), [1, 2, 3]),
-    ("of rank 2", KIND.format(r"torch\.int64 \[2, 1\]"), [[1], [2]]),
-    ("of rank 0", KIND.format(r"torch\.int64 \[\]"), 2),
-):
-    given = torch.tensor(value)
-    other(f"commit: accepted {name}", lambda w, g=given: partial(qn.commit, pending(w), g), says)
-for value in ([1, 2], 2, None):
-    other(
-        f"commit: accepted {type(value).__name__}",
-        lambda w, v=value: partial(qn.commit, pending(w), v),
-        KIND.format(type(value).__name__),
-        typed=True,
-    )
-other(
-    "commit: twice",
-    lambda w: partial(qn.commit, qn.commit(pending(w), torch.tensor([1, 2])), torch.tensor([0, 2])),
-    "accepted" + MOST.format(1, 2, 0),
-)
-other(
-    "commit: beyond capacity",
-    lambda w: partial(qn.commit, pending(w, used=5), torch.tensor([2, 3])),
-    "row 1 would hold 8 tokens, but its capacity is 7; verify fewer tokens of it, by lengths",
-    error=qn.CapacityError,
-)
-other(
-    "advance: a state that waits",
-    lambda w: partial(qn.advance, w.params, pending(w), w.tokens[:, 0]),
-    r"this state holds a draft that waits: state = commit\(state, accepted\) says",
-)
 other(
     "advance: tokens beyond the vocabulary",
     lambda w: partial(qn.advance, w.params, w.state, w.tokens[:, 0] + 210),

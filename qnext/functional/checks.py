@@ -28,6 +28,10 @@ from qnext.functional.tree import given_up_to, has_memory, is_concrete
 from qnext.shapes import annotated_leaves, mismatches
 
 INTEGERS = (torch.int32, torch.int64)
+WAITS = (
+    "this state holds a draft that waits: state = commit(state, accepted) says how many of its "
+    "tokens count"
+)
 
 
 def checked(least: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -41,7 +45,7 @@ def checked(least: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
         @wraps(function)
         def call_single(params: Any, state: Any, tokens: Any) -> Any:
-            _check_tokens(tokens, ("batch",))
+            check_tokens(tokens, ("batch",))
             check_call(params, state, tokens[:, None], None, least)
             return function(params, state, tokens)
 
@@ -70,7 +74,7 @@ def check_call(
     room after these.
     """
     check_trees(params, state)
-    _check_tokens(tokens, ("batch", "seq"))
+    check_tokens(tokens, ("batch", "seq"))
     batch, seq = tokens.shape
     if batch != state.batch:
         raise InputError(
@@ -190,7 +194,7 @@ def _check_alive(state: State) -> None:
             raise donated(path, taker)
 
 
-def _check_tokens(tokens: object, axes: tuple[str, ...]) -> None:
+def check_tokens(tokens: object, axes: tuple[str, ...]) -> None:
     if not isinstance(tokens, Tensor):
         raise InputError(
             f"tokens must be an integer tensor [{', '.join(axes)}], got {_name(tokens)}; "
@@ -228,10 +232,7 @@ def _check_values(
     batch, seq = tokens.shape
     vocab = params.config.vocab_size
     if bool((state.accepted < 0).any()):
-        raise InputError(
-            "this state holds a draft that waits: state = commit(state, accepted) says how many of "
-            "its tokens count"
-        )
+        raise InputError(WAITS)
     counts = lengths.tolist()
     for row, count in enumerate(counts):
         if not least <= count <= seq:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qnext.errors import InputError
 from qnext.functional.blocks import locate, unembed
-from qnext.functional.checks import INTEGERS, check_call, check_trees
+from qnext.functional.checks import INTEGERS, check_call, check_tokens, check_trees
 from qnext.functional.model import trunk
 from qnext.functional.mtp import predict, present
 from qnext.functional.params import Params
@@ -130,9 +130,7 @@ def check_module(params: Params) -> None:
 def _checked_tokens(params: Params, state: State, tokens: Tensor) -> Tensor:
     """tokens [batch], int64, 0 in rows that have no room and rest."""
     check_trees(params, state)
-    if not isinstance(tokens, Tensor) or tokens.ndim != 1:
-        got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise InputError(f"tokens must be an integer tensor [batch={state.batch}], got {got}")
+    check_tokens(tokens, ("batch",))
     some = state.lengths < state.capacity
     check_call(params, state, tokens[:, None], some.to(torch.int32), least=0)
     return tokens.long().where(some, 0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qnext.errors import CapacityError, InputError
 from qnext.functional.blocks import unembed
-from qnext.functional.checks import INTEGERS, checked
+from qnext.functional.checks import INTEGERS, WAITS, checked
 from qnext.functional.model import trunk
 from qnext.functional.mtp import advanced
 from qnext.functional.params import Params
@@ -126,7 +126,9 @@ def _check_rewind(state: State, count: Tensor) -> None:
     _check_counts("count", state, count)
     if not (is_concrete(count) and is_concrete(state.accepted)):
         return
-    held = state.accepted.clamp(min=0).tolist()
+    if bool((state.accepted < 0).any()):
+        raise InputError(WAITS)
+    held = state.accepted.tolist()
     for row, (back, most) in enumerate(zip(count.tolist(), held, strict=True)):
         if not 0 <= back <= most:
             raise InputError(

@@ -104,8 +104,8 @@ def test_batches(params: qn.Params, batch: int, draft: int) -> None:
     tokens = prompts(20, batch=batch)
     lengths = 1 + torch.arange(batch) * 7 % 20
     way = WAYS["warm"]
-    want, _ = qn.generate(params, fresh(params, 0, batch), tokens, 14, lengths, way)
-    got, _ = qn.generate(params, fresh(params, draft, batch), tokens, 14, lengths, way, draft=draft)
+    want, _ = qn.generate(params, fresh(params, 0, batch), tokens, 10, lengths, way)
+    got, _ = qn.generate(params, fresh(params, draft, batch), tokens, 10, lengths, way, draft=draft)
     assert torch.equal(got, want)
 
 
@@ -210,6 +210,21 @@ def test_rows_accept_different_counts(odd: qn.Params) -> None:
     assert qn.newest(drawn, count).tolist() == [int(text[0, 1]), int(text[1, 4]), int(text[2, 3])]
 
 
+@pytest.mark.parametrize("way", ["greedy", "hot"])
+def test_every_state_on_the_way_goes_on(odd: qn.Params, way: str) -> None:
+    """With as many guesses as it likes, or none: the rest of the text is the same from each."""
+    tokens, lengths, new = prompts(20), torch.tensor([20, 1, 13]), 9
+    want, _ = qn.generate(odd, fresh(odd, 0), tokens, 24, lengths, WAYS[way])
+    planted = Planted(want, lengths, 0.7, seed=4)
+    steps = list(qn.stream(odd, fresh(odd, 3), tokens, new, lengths, WAYS[way], None, 3, planted))
+    assert len({count for line in planted.counts for count in line}) > 2
+    for number, (_, state) in enumerate(steps):
+        at = (state.lengths - lengths).long()[:, None]  # the next token is given, not drawn
+        more, rest = want.gather(1, at), want.gather(1, at + 1 + torch.arange(4))
+        got, _ = qn.generate(odd, state, more, 4, None, WAYS[way], draft=number % 4)
+        assert torch.equal(got, rest)
+
+
 # --- the module follows ---------------------------------------------------------------------------
 
 
@@ -254,6 +269,48 @@ def test_the_module_follows_whatever_the_state_consumes(odd: qn.Params, order: l
         mine, other = remembered(odd, state, row), remembered(odd, want, row)
         for name in ("mtp.key", "mtp.value"):
             assert relative_rms(mine[name], other[name]) < HARSH
+
+
+@pytest.mark.parametrize("draft", [1, 4])
+def test_the_module_follows_generate(params: qn.Params, draft: int) -> None:
+    """After its own drafts it knows the whole text, and where the model stands: its hidden state.
+
+    Beside `mtp` on a state without room, fed with all the model's hidden states at once.
+    """
+    tokens, lengths, new = prompts(11), torch.tensor([11, 2, 6]), 9
+    text, state = qn.generate(params, fresh(params, draft), tokens, new, lengths, draft=draft)
+    rows = zip(tokens, lengths, text, strict=True)
+    whole = torch.stack([torch.cat([t[:n], more, t[n:]]) for t, n, more in rows])
+    counts = (lengths + new).int()
+    hidden, _ = trunk(params, fresh(params, 0), whole, counts)
+    want = taught(params, whole, counts.tolist())
+    for row, count in enumerate(counts.tolist()):
+        mine, other = remembered(params, state, row), remembered(params, want, row)
+        assert torch.equal(mine["mtp.lengths"], other["mtp.lengths"])
+        for name in ("mtp.key", "mtp.value"):
+            assert relative_rms(mine[name], other[name]) < HARSH
+        assert relative_rms(mine["mtp.hidden"], hidden[row, count - 1]) < HARSH
+
+
+VALUES: dict[str, Callable[[qn.Params, qn.State, Tensor], Any]] = {
+    "draft": lambda p, s, t: qn.draft(p, s, t[:, 0], 3),
+    "accept": lambda p, s, t: qn.accept(p, s, t[:, 0], t[:, 1:]),
+    "rewind": lambda p, s, t: qn.rewind(s, torch.tensor([2, 0, 1])),
+    "generate": lambda p, s, t: qn.generate(p, s, t, 6, torch.tensor([4, 1, 2]), draft=3),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_arguments_are_not_written_to(odd: qn.Params, name: str) -> None:
+    """A state is a value, the module's part of it as well: whatever was made of it, it stands."""
+    _, state = qn.prefill(odd, fresh(odd, 3), prompts(9), torch.tensor([9, 1, 4]))
+    state = qn.commit(qn.verify(odd, state, prompts(4))[1], torch.tensor([4, 1, 2]))
+    given = (odd, state, prompts(4, seed=8))
+    old = [(leaf, leaf.clone(), leaf._version) for leaf in leaves(given)]
+    first, second = (VALUES[name](*given) for _ in range(2))
+    for leaf, copy, version in old:
+        assert torch.equal(leaf, copy) and leaf._version == version
+    assert all(map(torch.equal, leaves(first), leaves(second)))
 
 
 def test_a_draft_is_the_module_s_chain(odd: qn.Params) -> None:

@@ -266,7 +266,7 @@ def test_what_does_not_fit_is_refused(odd: qn.Params) -> None:
         ("draft must be an integer >= 0, got True", lambda: qn.speculate(odd, state, tokens, True)),
         ("has no MTP module to draft with", lambda: qn.speculate(bare, other, tokens, 2)),
         ("has no MTP module", lambda: qn.generate(bare, fresh(bare, 2), prompts(9), 3, draft=2)),
-        (r"tokens must be an integer tensor \[batch=3\]", lambda: qn.draft(odd, state, prompts(2))),
+        (r"tokens must be \[batch\], got shape \[3, 2\]", lambda: qn.draft(odd, state, prompts(2))),
         ("holds a draft that waits", lambda: qn.speculate(odd, pending, tokens, 1)),
         (r"guesses must be .* \[3\]", lambda: qn.accept(odd, state, tokens, tokens)),
         ("guesses must be .*float32", lambda: qn.accept(odd, state, tokens, prompts(2).float())),

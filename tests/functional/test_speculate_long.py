@@ -4,6 +4,9 @@ A model speaks plainly once, eight rows of three ways to draw. Speculation with 
 beside rows of that, alone, three together or all of them: so a batch changes no token either.
 """
 
+from collections.abc import Iterator
+
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -37,12 +40,23 @@ def asked(params: qn.Params) -> tuple[Tensor, Tensor]:
     return tokens, torch.tensor([17, 40, 1, 33, 2, 39, 8, 25])
 
 
+@pytest.fixture
+def unwatched() -> Iterator[None]:
+    """Without the checks of annotations, which take most of the time of such small models."""
+    was = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", was)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "turn", "p"), [("demo", 0, None), ("base", 1, None), ("conv3", 2, 0.9)]
-)
-def test_two_thousand_tokens(name: str, turn: int, p: float | None) -> None:
-    """Guesses of the module, mostly right on the demo and never on `base`; or p of them right."""
+@pytest.mark.usefixtures("unwatched")
+@pytest.mark.parametrize(("name", "turn", "own"), [("conv3", 2, 0), ("base", 1, 1), ("demo", 0, 2)])
+def test_two_thousand_tokens(name: str, turn: int, own: int) -> None:
+    """Of the planted guesses 19 in 20 are right; at the width `own` they are the module's.
+
+    Those are mostly right on the demo and never on `base`, where each of 2,000 drafts is refused.
+    """
     params, each = made(name), ways()
     tokens, lengths = asked(params)
     text, plain = qn.generate(params, empty(params, ROWS, WIDEST), tokens, NEW, lengths, each)
@@ -50,16 +64,10 @@ def test_two_thousand_tokens(name: str, turn: int, p: float | None) -> None:
         size = SIZES[(draft + turn) % 3]
         rows = [(draft + i) % ROWS for i in range(size)]
         want, starts, some = text[rows], lengths[rows], [each[row] for row in rows]
-        step = None if p is None else Planted(want, starts, p, seed=draft)
+        step = None if draft == own else Planted(want, starts, 0.95, seed=draft)
+        state = empty(params, size, draft)
         got, state = qn.generate(
-            params,
-            empty(params, size, draft),
-            tokens[rows],
-            NEW,
-            starts,
-            some,
-            draft=draft,
-            step=step,
+            params, state, tokens[rows], NEW, starts, some, draft=draft, step=step
         )
         assert torch.equal(got, want), f"draft={draft}, rows={rows}"
         check_remembered(params, state, qn.select(plain, rows))
