@@ -142,7 +142,7 @@ def _add_draft(verb: argparse.ArgumentParser) -> None:
         default=0,
         metavar="K",
         help="guess K tokens ahead with the checkpoint's MTP module and verify them in one call of "
-        "the model; changes no token. Acceptance is told at the end (default: 0)",
+        "the model; in float32 no token changes. Acceptance is told at the end (default: 0)",
     )
 
 

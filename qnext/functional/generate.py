@@ -1,7 +1,7 @@
 """The reference loops: prefill, then draw and consume, token by token or with guesses ahead."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int32, Int64
@@ -14,12 +14,12 @@ from qnext.functional.model import decode, prefill
 from qnext.functional.params import Params
 from qnext.functional.sampling import (
     Counts,
+    Drawing,
     Knobs,
     Sampling,
     choose,
-    count_output,
     count_prompt,
-    how,
+    drawing,
     records,
 )
 from qnext.functional.speculate import check_draft, check_module, newest, speculate
@@ -48,10 +48,10 @@ def generate(
     A row ends with the first token of `eos`, which is returned; -1 follows. The state has consumed
     the prompt and every returned token, so `generate(params, state, more)` continues; a finished
     row's state stays as it was. With `draft` so many tokens are guessed ahead (`speculate`), which
-    changes nothing but speed. `step` replaces `decode`, or `speculate` where draft > 0, say by a
-    compiled one. Penalties count the tokens of this call, not those that the state consumed
-    before. Raises InputError, and CapacityError before anything is computed where prompt and new
-    tokens do not fit.
+    in float32 changes nothing but speed. `step` replaces `decode`, or `speculate` where draft > 0,
+    say by a compiled one. Penalties count the tokens of this call, not those that the state
+    consumed before. Raises InputError, and CapacityError before anything is computed where prompt
+    and new tokens do not fit.
     """
     check_trees(params, state)
     ends = _ends(eos, params.config.vocab_size)
@@ -110,41 +110,19 @@ def stream(
     if draft and step is None:
         check_module(params)
     each = records(sampling, tokens.shape[0])
-    settings, filters = how(each, tokens.device)
     counts = None
     if any(s.penalises for s in each):
         counts = count_prompt(tokens, within(lengths, tokens), params.config.vocab_size)
-    drawing = _Drawing(settings, filters, counts)
+    draws = drawing(each, counts, tokens.device)
     with torch.no_grad():
         logits, state = prefill(params, state, tokens, lengths)
-        drawing, new = drawing.draw(logits, state)
+        new = draws.draw(logits, state.lengths)
+        draws = draws.after(new)
     if draft:
         run = step or speculate
-        yield from _ahead(run, params, state, new, max_new_tokens, drawing, stop, draft)
+        yield from _ahead(run, params, state, new, max_new_tokens, draws, stop, draft)
     else:
-        yield from _one_by_one(step or decode, params, state, new, max_new_tokens, drawing, stop)
-
-
-class _Drawing(NamedTuple):
-    """How the rows draw, and what they have drawn so far."""
-
-    settings: Knobs | None
-    filters: bool
-    counts: Counts | None
-
-    def draw(self, logits: Tensor, state: State) -> tuple["_Drawing", Tensor]:
-        """The next token [batch] of each row, drawn."""
-        new = choose(logits, state.lengths, *self)
-        return self.after(new[:, None]), new
-
-    def after(self, new: Int64[Tensor, "batch seq"]) -> "_Drawing":
-        """Having drawn these as well; -1 counts for nothing."""
-        if self.counts is None:
-            return self
-        counts = self.counts
-        for column in new.unbind(1):
-            counts = count_output(counts, column)
-        return self._replace(counts=counts)
+        yield from _one_by_one(step or decode, params, state, new, max_new_tokens, draws, stop)
 
 
 def _one_by_one(
@@ -153,7 +131,7 @@ def _one_by_one(
     state: State,
     new: Tensor,
     max_new_tokens: int,
-    drawing: _Drawing,
+    draws: Drawing,
     stop: Stop | None,
 ) -> Iterator[tuple[Tensor, State]]:
     """Consume `new`, yield it, draw the next."""
@@ -168,8 +146,8 @@ def _one_by_one(
         if made == max_new_tokens or finished.all():
             return
         with torch.no_grad():
-            drawing, new = drawing.draw(logits, state)
-            new = new.where(~finished, -1)
+            new = draws.draw(logits, state.lengths).where(~finished, -1)
+            draws = draws.after(new)
 
 
 def _ahead(
@@ -178,7 +156,7 @@ def _ahead(
     state: State,
     new: Tensor,
     max_new_tokens: int,
-    drawing: _Drawing,
+    draws: Drawing,
     stop: Stop | None,
     draft: int,
 ) -> Iterator[tuple[Tensor, State]]:
@@ -191,14 +169,15 @@ def _ahead(
     while True:
         with torch.no_grad():
             state = state._replace(capacity=limit)
-            drawn, count, state = step(params, state, new, draft, *drawing)
+            drawn, count, state = step(params, state, new, draft, *draws)
             line = torch.cat([new[:, None], drawn[:, :-1]], dim=1)
             at = torch.arange(draft + 1, device=line.device)
             line = line.where(at < count[:, None], -1)
             kept, stopped = _until_stopped(line, count, stop)
             state = rewind(state, count - kept)._replace(capacity=capacity)
             limit = state.lengths.where(stopped, limit)
-            drawing = drawing.after(drawn.where(at < kept[:, None], -1))
+            for column in drawn.where(at < kept[:, None], -1).unbind(1):
+                draws = draws.after(column)
             new = newest(drawn, count)
         yield line.where(at < kept[:, None], -1), state
         if bool((state.lengths >= limit).all()):

@@ -77,7 +77,7 @@ def trunk(
     hidden = ops.rms_norm(x=x, weight=params.norm, eps=config.rms_norm_eps)
     state = state._replace(layers=tuple(layers))
     if mtp.follows(state):
-        state = mtp.follow(params, state, hidden, tokens, step)
+        state = mtp.follow(params, state, hidden, tokens, step, each)
     if each:
         return hidden, state._replace(accepted=-step.taken)
     state = mtp.advanced(state, step.context)

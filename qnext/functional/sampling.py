@@ -141,16 +141,17 @@ def sample(
             f"position must be an integer or one for each of the {batch} rows, "
             f"got {position.dtype} {list(position.shape)}"
         )
-    settings, filters = how(each, logits.device)
     seen = counts if any(s.penalises for s in each) else None
-    return choose(logits, position.expand(batch), settings, filters, seen)
+    return drawing(each, seen, logits.device).draw(logits, position.expand(batch))
 
 
-def how(each: Sequence[Sampling], device: torch.device | None = None) -> tuple[Knobs | None, bool]:
-    """(settings, filters) as `choose` takes them: None where all rows take the likeliest."""
+def drawing(
+    each: Sequence[Sampling], counts: Counts | None, device: torch.device | None = None
+) -> "Drawing":
+    """How rows with these records draw; no settings where all take the likeliest."""
     if all(s.temperature == 0 and not s.penalises for s in each):
-        return None, False
-    return knobs(each, device), any(s.filters for s in each)
+        return Drawing(None, False, counts)
+    return Drawing(knobs(each, device), any(s.filters for s in each), counts)
 
 
 def draw(
@@ -181,6 +182,24 @@ def choose(
     if filters:
         logits = restrict(logits, settings)
     return draw(logits, settings, position)
+
+
+class Drawing(NamedTuple):
+    """How the rows of a batch draw, as `choose` takes it, and what they have drawn so far."""
+
+    settings: Knobs | None = None
+    filters: bool = False
+    counts: Counts | None = None
+
+    def draw(self, logits: Tensor, position: Tensor) -> Tensor:
+        """A token [batch] of each row of logits [batch, vocab]."""
+        return choose(logits, position, *self)
+
+    def after(self, tokens: Tensor) -> "Drawing":
+        """Having drawn tokens [batch] as well; -1 counts for nothing."""
+        if self.counts is None:
+            return self
+        return self._replace(counts=count_output(self.counts, tokens))
 
 
 def restrict(

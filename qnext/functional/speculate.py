@@ -21,10 +21,9 @@ from qnext.functional.checks import INTEGERS, check_call, check_tokens, check_tr
 from qnext.functional.model import trunk
 from qnext.functional.mtp import predict, present
 from qnext.functional.params import Params
-from qnext.functional.sampling import Counts, Knobs, choose, count_output
+from qnext.functional.sampling import Counts, Drawing, Knobs
 from qnext.functional.state import State
 from qnext.functional.verify import commit
-from qnext.shapes import Shaped
 
 
 def speculate(
@@ -45,9 +44,9 @@ def speculate(
     `filters` and `counts` are those of `choose`; counts include `tokens`. The state must have been
     made with at least this `draft`. Raises InputError.
     """
-    tokens = _checked_tokens(params, state, tokens)
-    guesses, state = _drafted(params, state, tokens, draft, settings, filters, counts)
-    return _accepted(params, state, tokens, guesses, settings, filters, counts)
+    tokens, draws = _checked_tokens(params, state, tokens), Drawing(settings, filters, counts)
+    guesses, state = _drafted(params, state, tokens, draft, draws)
+    return _accepted(params, state, tokens, guesses, draws)
 
 
 def draft(
@@ -66,7 +65,7 @@ def draft(
     module holds beyond `mtp_lengths` changes. Raises InputError.
     """
     tokens = _checked_tokens(params, state, tokens)
-    return _drafted(params, state, tokens, draft, settings, filters, counts)
+    return _drafted(params, state, tokens, draft, Drawing(settings, filters, counts))
 
 
 def accept(
@@ -99,7 +98,7 @@ def accept(
     line = torch.cat([tokens[:, None], guesses.to(tokens.dtype)], dim=1)
     room = (state.capacity - state.lengths).clamp(0, drafted + 1)
     check_call(params, state, line, room, least=0)
-    return _accepted(params, state, tokens, guesses, settings, filters, counts)
+    return _accepted(params, state, tokens, guesses, Drawing(settings, filters, counts))
 
 
 def newest(tokens: Int64[Tensor, "batch seq"], count: Int[Tensor, " batch"]) -> Tensor:
@@ -141,9 +140,7 @@ def _drafted(
     state: State,
     tokens: Int64[Tensor, " batch"],
     draft: int,
-    settings: Knobs | None,
-    filters: bool,
-    counts: Counts | None,
+    draws: Drawing,
 ) -> tuple[Int64[Tensor, "batch drafted"], State]:
     check_draft(state, draft)
     if draft == 0:
@@ -157,8 +154,8 @@ def _drafted(
         ahead, state = predict(params, state, hidden[:, None], tokens[:, None], step)
         hidden = ahead.squeeze(1)
         place = state.lengths + (at + 1)
-        tokens = choose(unembed(params, hidden), place, settings, filters, counts)
-        counts = None if counts is None else count_output(counts, tokens)
+        tokens = draws.draw(unembed(params, hidden), place)
+        draws = draws.after(tokens)
         guesses.append(tokens)
     return torch.stack(guesses, dim=1), state
 
@@ -168,16 +165,14 @@ def _accepted(
     state: State,
     tokens: Int64[Tensor, " batch"],
     guesses: Int[Tensor, "batch drafted"],
-    settings: Knobs | None,
-    filters: bool,
-    counts: Counts | None,
+    draws: Drawing,
 ) -> tuple[Int64[Tensor, "batch seq"], Int[Tensor, " batch"], State]:
     width = guesses.shape[1] + 1
     room = state.capacity - state.lengths
     at = torch.arange(width, dtype=room.dtype, device=room.device)
     line = torch.cat([tokens[:, None], guesses.long()], dim=1).where(at < room[:, None], 0)
     logits, pending = _verified(params, state, line, room > 0)
-    drawn = _draw_each(logits, state.lengths[:, None] + (at + 1), line, settings, filters, counts)
+    drawn = _draw_each(logits, state.lengths[:, None] + (at + 1), line, draws)
     missed = (drawn[:, :-1] != line[:, 1:]).to(room.dtype)
     right = (missed.cumsum(1) == 0).sum(1, dtype=room.dtype)
     count = (right + 1).minimum(room)
@@ -210,19 +205,18 @@ def _draw_each(
     logits: Float[Tensor, "batch seq vocab"],
     position: Int[Tensor, "batch seq"],
     line: Int64[Tensor, "batch seq"],
-    settings: Shaped[Knobs] | None,
-    filters: bool,
-    counts: Shaped[Counts] | None,
+    draws: Drawing,
 ) -> Int64[Tensor, "batch seq"]:
     """What the model draws after each token of a line; counts grow with the tokens before it."""
     width = line.shape[1]
-    if counts is None:
-        each = settings and Knobs(*(s[:, None].expand(-1, width).flatten() for s in settings))
-        flat = choose(logits.flatten(0, 1), position.flatten(), each, filters)
-        return flat.view_as(line)
+    if draws.counts is None:  # all at once
+        each = draws.settings and Knobs(
+            *(s[:, None].expand(-1, width).flatten() for s in draws.settings)
+        )
+        draws = draws._replace(settings=each)
+        return draws.draw(logits.flatten(0, 1), position.flatten()).view_as(line)
     columns = []
     for at in range(width):
-        if at:
-            counts = count_output(counts, line[:, at])
-        columns.append(choose(logits[:, at], position[:, at], settings, filters, counts))
+        draws = draws.after(line[:, at]) if at else draws
+        columns.append(draws.draw(logits[:, at], position[:, at]))
     return torch.stack(columns, dim=1)

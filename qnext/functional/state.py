@@ -145,32 +145,20 @@ def select(state: State, rows: Tensor | list[int]) -> State:
         scratch = torch.zeros_like(pool[:1])
         return torch.cat([scratch, pool[table[index].flatten().long()]])
 
-    def kv(pools: KV) -> KV:
-        return KV(*(gather(pool, state.block_table) for pool in pools))
-
-    def delta(pools: Delta) -> Delta:
-        return Delta(gather(pools.recurrent, state.slots), gather(pools.window, state.rows))
-
-    def mtp(pools: Mtp) -> Mtp:
-        keys, values = (gather(pool, state.block_table) for pool in pools[:2])
-        return Mtp(keys, values, gather(pools.hidden, state.rows))
-
     def renumber(table: Tensor) -> Tensor:
         fresh = table[index]
         return torch.arange(1, 1 + fresh.numel(), dtype=torch.int32, device=table.device).view_as(
             fresh
         )
 
-    return State(
+    return _pools(state, gather)._replace(
         lengths=state.lengths[index],
         capacity=state.capacity[index],
         block_table=renumber(state.block_table),
         slots=renumber(state.slots),
         rows=renumber(state.rows),
         accepted=state.accepted[index],
-        layers=tuple(kv(s) if isinstance(s, KV) else delta(s) for s in state.layers),
         mtp_lengths=state.mtp_lengths[index],
-        mtp=tuple(map(mtp, state.mtp)),
     )
 
 
@@ -186,23 +174,26 @@ def clear(state: State, rows: Tensor | list[int]) -> State:
     def zeroed(pool: Tensor, table: Tensor) -> Tensor:
         return pool.index_put((table[index].flatten().long(),), pool.new_zeros(()))
 
-    def kv(pools: KV) -> KV:
-        return KV(*(zeroed(pool, state.block_table) for pool in pools))
-
-    def delta(pools: Delta) -> Delta:
-        return Delta(zeroed(pools.recurrent, state.slots), zeroed(pools.window, state.rows))
-
-    def mtp(pools: Mtp) -> Mtp:
-        keys, values = (zeroed(pool, state.block_table) for pool in pools[:2])
-        return Mtp(keys, values, zeroed(pools.hidden, state.rows))
-
-    return state._replace(
+    return _pools(state, zeroed)._replace(
         lengths=state.lengths.index_fill(0, index, 0),
         accepted=state.accepted.index_fill(0, index, 0),
-        layers=tuple(kv(s) if isinstance(s, KV) else delta(s) for s in state.layers),
         mtp_lengths=state.mtp_lengths.index_fill(0, index, 0),
-        mtp=tuple(map(mtp, state.mtp)),
     )
+
+
+def _pools(state: State, change: Callable[[Tensor, Tensor], Tensor]) -> State:
+    """The state with every pool changed, given also the table by which sequences find theirs."""
+
+    def layer(p: LayerState) -> LayerState:
+        if isinstance(p, KV):
+            return KV(*(change(pool, state.block_table) for pool in p))
+        return Delta(change(p.recurrent, state.slots), change(p.window, state.rows))
+
+    def module(p: Mtp) -> Mtp:
+        key, value = (change(pool, state.block_table) for pool in (p.key, p.value))
+        return Mtp(key, value, change(p.hidden, state.rows))
+
+    return state._replace(layers=tuple(map(layer, state.layers)), mtp=tuple(map(module, state.mtp)))
 
 
 def _index(state: State, rows: Tensor | list[int]) -> Tensor:

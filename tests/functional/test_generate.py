@@ -311,7 +311,7 @@ def test_too_little_capacity_is_told_first(
     state = empty(params, capacity=used + PROMPT + NEW - 1)
     if used:
         _, state = qn.forward(params, state, prompt(used))
-    for name in ("prefill", "decode", "choose"):
+    for name in ("prefill", "decode", "drawing"):
         monkeypatch.setattr(f"qnext.functional.generate.{name}", lambda *_: pytest.fail("called"))
     lengths = torch.tensor([4, 1, PROMPT, 2, 3])
     with pytest.raises(qn.CapacityError, match=f"row 2 holds {used} .* its capacity is"):

@@ -5,6 +5,7 @@ fixed seeds is near enough to feel.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,6 +224,17 @@ def test_every_state_on_the_way_goes_on(odd: qn.Params, way: str) -> None:
         more, rest = want.gather(1, at), want.gather(1, at + 1 + torch.arange(4))
         got, _ = qn.generate(odd, state, more, 4, None, WAYS[way], draft=number % 4)
         assert torch.equal(got, rest)
+
+
+def test_a_saved_state_speculates_on(params: qn.Params, tmp_path: Path) -> None:
+    """Slots permuted, a window that begins late, the module's part: all of it is in the file."""
+    tokens, lengths, way = prompts(9), torch.tensor([9, 2, 5]), WAYS["warm"]
+    _, state = qn.generate(params, fresh(params, 3), tokens, 7, lengths, way, draft=3)
+    qn.save_state(params, state, tmp_path / "state")
+    loaded = qn.load_state(params, tmp_path / "state")
+    want, after = qn.generate(params, state, tokens[:, :2], 8, None, way, draft=3)
+    got, again = qn.generate(params, loaded, tokens[:, :2], 8, None, way, draft=3)
+    assert torch.equal(got, want) and all(map(torch.equal, leaves(again), leaves(after)))
 
 
 # --- the module follows ---------------------------------------------------------------------------
