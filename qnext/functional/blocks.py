@@ -50,12 +50,13 @@ def locate(
     past: Int[Tensor, " batch"],
     valid: Bool[Tensor, "batch seq"],
     each: bool = False,
+    cut: bool = False,
 ) -> Step:
     """The Step of a call whose valid tokens follow `past` earlier ones in each row.
 
     With `each` the state after every token is kept: recurrent states in a slot each, and windows in
-    one row that moves by a single input, so that the window after any token lies in it. A draft may
-    reach beyond what there is room for: keys and values of that part go to scratch.
+    one row that moves by a single input, so that the window after any token lies in it. With `cut`
+    tokens may lie beyond the capacity: keys and values there go to scratch and are not seen.
     """
     seq, device = valid.shape[1], past.device
     position = past[:, None] + torch.arange(seq, dtype=past.dtype, device=device)
@@ -63,7 +64,7 @@ def locate(
     last_page = state.block_table.shape[1] - 1
     page = state.block_table.gather(1, (position // PAGE).clamp(0, last_page).long())
     kv_index, context = torch.add(position % PAGE, page, alpha=PAGE).where(valid, 0), past + taken
-    if each:
+    if cut:
         kv_index = kv_index.where(position < state.capacity[:, None], 0)
         context = context.minimum(state.capacity)
     return Step(

@@ -61,14 +61,16 @@ def trunk(
     tokens: Int[Tensor, "batch seq"],
     lengths: Int[Tensor, " batch"],
     each: bool = False,
+    cut: bool = False,
 ) -> tuple[Float[Tensor, "batch seq d"], Shaped[State]]:
     """The model without its head: hidden states [batch, seq, d] after the final norm.
 
-    With `each` the state after every token is kept and none is chosen yet, see `verify`.
+    With `each` the state after every token is kept and none is chosen yet, see `verify`. With
+    `cut` tokens may lie beyond the capacity, see `locate`.
     """
     config = params.config
     valid = within(lengths, tokens)
-    step = locate(config, state, state.lengths, valid, each)
+    step = locate(config, state, state.lengths, valid, each, cut)
     x = embedding(tokens.where(valid, 0), params.embed)
     layers = []
     for layer_params, layer_state in zip(params.layers, state.layers, strict=True):
@@ -77,7 +79,7 @@ def trunk(
     hidden = ops.rms_norm(x=x, weight=params.norm, eps=config.rms_norm_eps)
     state = state._replace(layers=tuple(layers))
     if mtp.follows(state):
-        state = mtp.follow(params, state, hidden, tokens, step, each)
+        state = mtp.follow(params, state, hidden, tokens, step, cut)
     if each:
         return hidden, state._replace(accepted=-step.taken)
     state = mtp.advanced(state, step.context)

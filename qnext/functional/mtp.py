@@ -110,18 +110,18 @@ def follow(
     hidden: Float[Tensor, "batch seq d"],
     tokens: Int[Tensor, "batch seq"],
     step: Shaped[Step],
-    each: bool,
+    cut: bool,
 ) -> Shaped[State]:
     """The module's part of a call: keys and values of its pairs, and hidden states to go on from.
 
-    `hidden` are the model's after `tokens`; `step` and `each` are those of the model's call. Of a
+    `hidden` are the model's after `tokens`; `step` and `cut` are those of the model's call. Of a
     fresh row the first token makes no pair. The module's output is not needed here, so nothing of
     it but the beginning runs.
     """
     p, pools, config = params.mtp[0], state.mtp[0], params.config
     line = torch.cat([present(state)[:, None].to(hidden.dtype), hidden], dim=1)
 
-    pairs = locate(config, state, state.lengths - 1, step.valid, each)
+    pairs = locate(config, state, state.lengths - 1, step.valid, cut=cut)
     pairs = pairs._replace(kv_index=pairs.kv_index.where(pairs.position >= 0, 0))
     u = _joined(params, p, line[:, :-1], tokens, step.valid)
     normed = ops.rms_norm(x=u, weight=p.layer.input_norm, eps=config.rms_norm_eps)

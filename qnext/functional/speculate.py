@@ -150,7 +150,7 @@ def _drafted(
     one = torch.ones(state.batch, 1, dtype=torch.bool, device=tokens.device)
     guesses = []
     for at in range(draft):
-        step = locate(params.config, state, past + at, one, each=True)
+        step = locate(params.config, state, past + at, one, cut=True)
         ahead, state = predict(params, state, hidden[:, None], tokens[:, None], step)
         hidden = ahead.squeeze(1)
         place = state.lengths + (at + 1)
@@ -195,7 +195,7 @@ def _verified(
         rows=state.rows.where(some, 0),
     )
     every = torch.full_like(state.lengths, line.shape[1])
-    hidden, pending = trunk(params, scratch, line, every, each=True)
+    hidden, pending = trunk(params, scratch, line, every, each=True, cut=True)
     return unembed(params, hidden), pending._replace(
         block_table=state.block_table, slots=state.slots, rows=state.rows
     )
