@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,8 +13,10 @@ import torch
 import qnext as qn
 from qnext import doctor
 from qnext.complete import Piece, complete
+from qnext.convert import convert
 from qnext.embedded import PROBLEMS
 from qnext.evaluate import evaluate, read_problems
+from qnext.functional.quantize import CHOICES
 from qnext.functional.speculate import check_module
 from qnext.text import Tokenizer
 
@@ -36,6 +39,16 @@ examples:
   qnext eval --draft 1                                  the same answers, and what was guessed right
   qnext eval path/to/checkpoint --data gsm8k_test.jsonl --shots 5 --json result.json
 """
+QUANTIZE_EXAMPLES = """\
+examples:
+  qnext quantize Qwen3-Next-80B-A3B-Instruct Qwen3-Next-80B-W8A8
+  qnext quantize SRC DST --choice public                what SGLang's converter quantises
+  qnext quantize SRC DST --ignore lm_head --ignore 're:.*\\.mlp\\.gate$'
+  qnext generate DST --prompt "Hello"                   the result is a checkpoint like any other
+
+Cut off (Ctrl-C, kill, a full disk), the same command goes on with the next file.
+docs/quantization.md tells which matrices are quantised, and why the others are not.
+"""
 DOCTOR_EXAMPLES = """\
 examples:
   qnext doctor
@@ -55,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_generate(verbs)
     _add_eval(verbs)
+    _add_quantize(verbs)
     _add_doctor(verbs)
     return top
 
@@ -113,6 +127,34 @@ def _add_eval(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     _add_draft(verb)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write figures and all answers")
     verb.set_defaults(run=run_eval)
+
+
+def _add_quantize(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    verb = verbs.add_parser(
+        "quantize",
+        help="a checkpoint to W8A8",
+        description="Quantise a checkpoint to int8 weights, a scale for each output channel, and "
+        "int8 activations, a scale for each token as it comes (compressed-tensors int-quantized).",
+        epilog=QUANTIZE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("source", type=Path, metavar="SRC", help="checkpoint directory")
+    verb.add_argument("target", type=Path, metavar="DST", help="new directory to write to")
+    verb.add_argument(
+        "--choice",
+        choices=CHOICES,
+        default="default",
+        help="what keeps its dtype: routers, gates of experts and of the delta rule, head and "
+        "mtp.fc (default), or the shared expert in place of the delta rule's gates (public)",
+    )
+    verb.add_argument(
+        "--ignore",
+        action="append",
+        metavar="NAME",
+        help="a module to keep, or re: and a regular expression; repeatable, replaces --choice",
+    )
+    verb.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    verb.set_defaults(run=run_quantize)
 
 
 def _add_doctor(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -277,6 +319,23 @@ def run_eval(args: argparse.Namespace) -> None:
         print(f"{f'draft {args.draft}':<18} {report.acceptance}")
     if args.json:
         report.write(args.json)
+
+
+def run_quantize(args: argparse.Namespace) -> None:
+    try:
+        summary = convert(args.source, args.target, args.ignore, choice=args.choice)
+    except KeyboardInterrupt:
+        print("qnext: the same command goes on with the next file", file=sys.stderr)
+        raise
+    if args.json:
+        print(json.dumps(asdict(summary)))
+        return
+    print(f"quantised  {summary.quantised} tensors, {summary.kept} kept as they were")
+    before, after = summary.bytes_before / 1e9, summary.bytes_after / 1e9
+    print(f"bytes      {before:.3f} GB before, {after:.3f} GB after")
+    print(f"worst      {summary.worst:.4f} relative RMS error, {summary.worst_name}")
+    if summary.zero_rows:
+        print(f"zero rows  {summary.zero_rows} output channels are zero in int8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,13 +2,16 @@
 
 A tree is a NamedTuple whose fields are tensors annotated as `Float[Tensor, "hv dv dk"]`, trees, or
 tuples of trees. The annotation is the only table of shapes: allocation, checkpoint loading and
-error texts all read it. This module stays outside the packages that the jaxtyping hook rewrites:
-inside them `holds` would get an axis scope of its own, and checks across arguments would pass
-unseen.
+error texts all read it. `Float[Tensor, "out in"] | Quantized` admits a tree that stands for the
+tensor; the axes of that tree's tensors are `*rows columns` of it.
+
+This module stays outside the packages that the jaxtyping hook rewrites: inside them `holds` would
+get an axis scope of its own, and checks across arguments would pass unseen.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import torch
@@ -35,7 +38,8 @@ class LeafHint(NamedTuple):
 
 @cache
 def leaf_hint(hint: Any) -> LeafHint:
-    """Read a jaxtyping annotation such as `Float32[Tensor, "slots hv dv dk"]`."""
+    """Read a jaxtyping annotation such as `Float32[Tensor, "hv dv"]`, or the first of several."""
+    hint = _plain(hint)
     names = hint.dtypes
     dtype = getattr(torch, names[0]) if len(names) == 1 else None
     return LeafHint(tuple(hint.dim_str.split()), dtype, hint.__name__)
@@ -49,12 +53,35 @@ def _fields(cls: Any) -> tuple[tuple[str, Any], ...]:
 @cache
 def _admitted(hint: Any) -> tuple[Any, ...]:
     """The hint and its wider twin, for isinstance."""
+    hint = _plain(hint)
     wider = leaf_hint(hint).dtype == torch.float32
     return (hint, Float64[Tensor, hint.dim_str]) if wider else (hint,)
 
 
 def is_leaf_hint(hint: object) -> bool:
-    return hasattr(hint, "dim_str")
+    return hasattr(_plain(hint), "dim_str")
+
+
+def _plain(hint: Any) -> Any:
+    """The annotation of a tensor in `tensor | tree`; any other hint as it is."""
+    return hint.__args__[0] if isinstance(hint, UnionType) else hint
+
+
+def _stands_for(value: Any, hint: Any) -> bool:
+    """Whether a value is the tree that an annotation admits in place of a tensor."""
+    union = isinstance(hint, UnionType) and is_leaf_hint(hint)
+    return union and isinstance(value, hint.__args__[1:])
+
+
+@cache
+def _parts(cls: Any, hint: Any) -> tuple[tuple[str, Any], ...]:
+    """The fields of a tree that stands for a tensor, annotated with that tensor's axes."""
+    axes = leaf_hint(hint).axes
+    spelled = {"*rows": " ".join(axes[:-1]), "columns": axes[-1]}
+    return tuple(
+        (name, part.dtype[Tensor, " ".join(spelled[axis] for axis in part.dim_str.split())])
+        for name, part in _fields(cls)
+    )
 
 
 def allocate(
@@ -81,10 +108,26 @@ def annotated_leaves(tree: Any, path: str) -> Iterator[tuple[str, Tensor, LeafHi
             yield from annotated_leaves(part, f"{path}[{i}]")
         return
     for (name, hint), value in zip(_fields(tree.__class__), tree, strict=True):
-        if is_leaf_hint(hint):
+        if _stands_for(value, hint):
+            for (part, part_hint), leaf in zip(_parts(value.__class__, hint), value, strict=True):
+                yield f"{path}.{name}.{part}", leaf, leaf_hint(part_hint)
+        elif is_leaf_hint(hint):
             yield f"{path}.{name}", value, leaf_hint(hint)
         elif isinstance(value, tuple):
             yield from annotated_leaves(value, f"{path}.{name}")
+
+
+def alternatives(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Each field of a tree that may be a tensor or a tree that stands for it, with its path."""
+    if not hasattr(tree, "_fields"):
+        for i, part in enumerate(tree):
+            yield from alternatives(part, f"{path}[{i}]")
+        return
+    for (name, hint), value in zip(_fields(tree.__class__), tree, strict=True):
+        if isinstance(hint, UnionType) and is_leaf_hint(hint):
+            yield f"{path}.{name}", value
+        elif isinstance(value, tuple):
+            yield from alternatives(value, f"{path}.{name}")
 
 
 def mismatches(tree: Any, sizes: Mapping[str, int], path: str) -> list[str]:
@@ -117,7 +160,11 @@ def holds(tree: Any) -> bool:
     if not hasattr(tree, "_fields"):
         return not isinstance(tree, tuple) or all(map(holds, tree))
     for (_, hint), value in zip(_fields(tree.__class__), tree, strict=True):
-        if is_leaf_hint(hint):
+        if _stands_for(value, hint):
+            parts = zip(_parts(value.__class__, hint), value, strict=True)
+            if not all(isinstance(leaf, _admitted(part)) for (_, part), leaf in parts):
+                return False
+        elif is_leaf_hint(hint):
             if not isinstance(value, _admitted(hint)):
                 return False
         elif isinstance(value, tuple) and not holds(value):

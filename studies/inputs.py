@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear, normalize
+from torch.nn.functional import embedding, normalize
 
 import qnext as qn
 from qnext.embedded import PROBLEMS
 from qnext.evaluate import read_problems, shown
 from qnext.functional import ops
-from qnext.functional.blocks import L2_EPS, layer, locate
+from qnext.functional.blocks import L2_EPS, layer, locate, project
 from qnext.functional.params import DeltaNetParams
 from qnext.functional.state import Delta
 
@@ -100,7 +100,7 @@ def demo_inputs(tokens: Tensor) -> Iterator[tuple[int, Inputs]]:
         if isinstance(p.mixer, DeltaNetParams):
             assert isinstance(past, Delta)
             normed = ops.rms_norm(x=x, weight=p.input_norm, eps=config.rms_norm_eps)
-            qkv, _ = linear(normed, p.mixer.in_proj).split([2 * hk * dk + hv * dv, hv * dv], -1)
+            qkv, _ = project(normed, p.mixer.in_proj).split([2 * hk * dk + hv * dv, hv * dv], -1)
             qkv, _ = ops.short_conv(
                 x=qkv,
                 weight=p.mixer.conv,
@@ -110,7 +110,7 @@ def demo_inputs(tokens: Tensor) -> Iterator[tuple[int, Inputs]]:
                 start=step.taken,
             )
             query, key, value = qkv.split([hk * dk, hk * dk, hv * dv], -1)
-            b, a = linear(normed, p.mixer.gate_proj).chunk(2, dim=-1)
+            b, a = project(normed, p.mixer.gate_proj).chunk(2, dim=-1)
             g, beta = ops.delta_gates(
                 a=a, b=b, A_log=p.mixer.A_log, dt_bias=p.mixer.dt_bias, valid=valid
             )

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import qnext as qn
 from qnext.functional.config import DELTA
@@ -167,6 +168,8 @@ def moe_of(config: qn.Config) -> MoeParams:
 def expert_bytes(card: Card) -> int:
     """Bytes of one expert's weights on a card."""
     moe = moe_of(config_of(card, 1))
+    assert isinstance(moe.gate_up, Tensor)
+    assert isinstance(moe.down, Tensor)
     return moe.gate_up[0].nbytes + moe.down[0].nbytes
 
 
@@ -181,7 +184,10 @@ def roofline(card: Card) -> dict[str, float]:
     read = distinct(REQUESTS, TOPK, EXPERTS) / card.holders + 1
     most = fullest() + 1 if card.holders > 1 else read
     expert = LAYERS * expert_bytes(card) / bandwidth()
-    router = moe_of(config_of(CUT, 1)).router.nbytes - moe_of(config_of(card, 1)).router.nbytes
+    uncut, cut = moe_of(config_of(CUT, 1)).router, moe_of(config_of(card, 1)).router
+    assert isinstance(uncut, Tensor)
+    assert isinstance(cut, Tensor)
+    router = uncut.nbytes - cut.nbytes
     parts = {
         "as counted": step(card)["total"]["seconds"],
         "experts": (read - counted(card)) * expert,

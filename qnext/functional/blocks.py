@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from qnext.functional import ops
 from qnext.functional.config import PAGE, Config
+from qnext.functional.ops.quant import OVER, RECIPROCAL, TIMES
 from qnext.functional.params import (
     AttentionParams,
     DeltaNetParams,
@@ -21,6 +22,7 @@ from qnext.functional.params import (
     LayerParams,
     MoeParams,
     Params,
+    Quantized,
 )
 from qnext.functional.state import KV, Delta, LayerState, State
 from qnext.shapes import Shaped
@@ -120,7 +122,7 @@ def gated_attention(
         context=step.context,
         scale=config.head_dim**-0.5,
     )
-    return linear((seen * gate.sigmoid()).flatten(-2), p.out_proj), kv
+    return project((seen * gate.sigmoid()).flatten(-2), p.out_proj), kv
 
 
 def remember(
@@ -133,7 +135,7 @@ def remember(
     """What precedes attention: (query, gate, the pools with this call's keys and values)."""
     hq, hkv, hd = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     eps = config.rms_norm_eps
-    heads = linear(x, p.in_proj).unflatten(-1, (-1, hd))
+    heads = project(x, p.in_proj).unflatten(-1, (-1, hd))
     query, key, value, gate = heads.split([hq, hkv, hkv, hq], dim=-2)
     query, key = ops.rotary(
         query=ops.rms_norm(x=query, weight=p.q_norm, eps=eps),
@@ -160,8 +162,8 @@ def delta_net(
     """Gated DeltaNet: short convolution, gated delta rule, gated norm (arXiv:2412.06464)."""
     hk, hv = config.linear_num_key_heads, config.linear_num_value_heads
     dk, dv = config.linear_key_head_dim, config.linear_value_head_dim
-    qkv, z = linear(x, p.in_proj).split([2 * hk * dk + hv * dv, hv * dv], dim=-1)
-    b, a = linear(x, p.gate_proj).chunk(2, dim=-1)
+    qkv, z = project(x, p.in_proj).split([2 * hk * dk + hv * dv, hv * dv], dim=-1)
+    b, a = project(x, p.gate_proj).chunk(2, dim=-1)
 
     qkv, window = ops.short_conv(
         x=qkv,
@@ -186,7 +188,7 @@ def delta_net(
     out = ops.gated_rms_norm(
         x=out, weight=p.norm, gate=z.unflatten(-1, (hv, dv)), eps=config.rms_norm_eps
     )
-    return linear(out.flatten(-2), p.out_proj), Delta(recurrent, window)
+    return project(out.flatten(-2), p.out_proj, OVER), Delta(recurrent, window)
 
 
 def feed_forward(
@@ -194,7 +196,7 @@ def feed_forward(
 ) -> Float[Tensor, "batch seq d"]:
     """A dense SwiGLU network, or a mixture of them with a gated shared expert."""
     if isinstance(p, DenseParams):
-        return linear(ops.swiglu(linear(x, p.gate_up)), p.down)
+        return swiglu_network(x, p.gate_up, p.down)
     return mixture(p, x.flatten(0, 1), config).view_as(x)
 
 
@@ -203,15 +205,64 @@ def mixture(
 ) -> Float[Tensor, "tokens d"]:
     """The top-k routed experts of each token, and the shared expert scaled by its gate."""
     weight, expert = ops.route(
-        logits=linear(x, p.router).to(config.precision.router),
+        logits=project(x, p.router).to(config.precision.router),
         topk=config.num_experts_per_tok,
         renormalise=config.norm_topk_prob,
     )
-    routed = ops.experts(
-        x=x, expert=expert, weight=weight.to(x.dtype), gate_up=p.gate_up, down=p.down
+    routed = experts(p, x, expert, weight.to(x.dtype))
+    shared = swiglu_network(x, p.shared_gate_up, p.shared_down)
+    return routed + project(x, p.shared_gate).sigmoid() * shared
+
+
+def experts(
+    p: Shaped[MoeParams],
+    x: Float[Tensor, "tokens d"],
+    expert: Int[Tensor, "tokens topk"],
+    weight: Float[Tensor, "tokens topk"],
+) -> Float[Tensor, "tokens d"]:
+    """The routed experts' weighted sum, with float weights or with int8."""
+    gate_up, down = p.gate_up, p.down
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        return ops.experts(x=x, expert=expert, weight=weight, gate_up=gate_up, down=down)
+    assert isinstance(gate_up, Quantized)
+    assert isinstance(down, Quantized)
+    return ops.int8_experts(
+        x=x,
+        expert=expert,
+        weight=weight,
+        gate_up=gate_up.weight,
+        gate_up_scale=gate_up.scale,
+        down=down.weight,
+        down_scale=down.scale,
     )
-    shared = linear(ops.swiglu(linear(x, p.shared_gate_up)), p.shared_down)
-    return routed + linear(x, p.shared_gate).sigmoid() * shared
+
+
+def swiglu_network(
+    x: Float[Tensor, "*batch d"],
+    gate_up: Float[Tensor, "two_ffn d"] | Quantized,
+    down: Float[Tensor, "d ffn"] | Quantized,
+) -> Float[Tensor, "*batch d"]:
+    """down(silu(gate x) * up x); between two int8 products nothing rounds but to int8."""
+    wide = max(x.dtype, torch.float32, key=lambda dtype: dtype.itemsize)
+    inner = ops.swiglu(project(x, gate_up, dtype=wide if isinstance(down, Quantized) else x.dtype))
+    return project(inner, down, RECIPROCAL, dtype=x.dtype)
+
+
+def project(
+    x: Float[Tensor, "*batch columns"],
+    weight: Float[Tensor, "rows columns"] | Quantized,
+    rounding: str = TIMES,
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, "*batch rows"]:
+    """x weight^T. With an int8 weight tokens are rounded to int8 too, as `rounding` says.
+
+    That product is made in float32 and rounded to the dtype of x, or to `dtype`.
+    """
+    if isinstance(weight, Tensor):
+        return linear(x, weight)
+    q, scale = ops.quantize_tokens(x=x, rounding=rounding)
+    y = ops.int8_linear(x=q, x_scale=scale, weight=weight.weight, scale=weight.scale)
+    return y.to(dtype or x.dtype)
 
 
 def unembed(
@@ -219,7 +270,7 @@ def unembed(
 ) -> Float[Tensor, "*batch vocab"]:
     """Logits of hidden states; the head is the embedding where the two are tied."""
     weight = params.head[0].weight if params.head else params.embed
-    return linear(hidden, weight).to(params.config.precision.logits)
+    return project(hidden, weight).to(params.config.precision.logits)
 
 
 def within(

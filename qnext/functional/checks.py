@@ -22,6 +22,7 @@ from qnext.functional.params import (
     MoeParams,
     MtpParams,
     Params,
+    Quantized,
 )
 from qnext.functional.state import KV, Delta, Mtp, State
 from qnext.functional.tree import given_up_to, has_memory, is_concrete
@@ -167,11 +168,16 @@ def _wrong_layer(path: str, layer: Any, mixer: type, moe: bool) -> list[str]:
         return [f"{path} must be LayerParams, got {_name(layer)}"]
     ffn = MoeParams if moe else DenseParams
     parts = (("mixer", layer.mixer, mixer), ("ffn", layer.ffn, ffn))
-    return [
+    wrong = [
         f"{path}.{name} must be {kind.__name__}, got {_name(part)}"
         for name, part, kind in parts
         if not isinstance(part, kind)
     ]
+    if isinstance(layer.ffn, MoeParams):
+        int8 = [isinstance(part, Quantized) for part in (layer.ffn.gate_up, layer.ffn.down)]
+        if any(int8) and not all(int8):
+            wrong.append(f"{path}.ffn.gate_up and .down must both be Quantized, or neither")
+    return wrong
 
 
 def _wrong_parts(path: str, parts: Any, kinds: Sequence[type]) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 
 from qnext.errors import ConfigError
 from qnext.functional.rope import Rope
+from qnext.functional.scheme import check_quantization_config
 from qnext.functional.tree import register_constant
 
 ATTENTION, DELTA = "full_attention", "linear_attention"
@@ -188,12 +189,14 @@ def _refuse_other_models(values: Mapping[str, Any]) -> None:
     kind = values.get("model_type", "qwen3_next")
     if kind != "qwen3_next":
         raise ConfigError(f'model_type is {kind!r}; qnext computes "qwen3_next"')
-    wanted = {"hidden_act": "silu", "attention_bias": False, "quantization_config": None}
+    wanted = {"hidden_act": "silu", "attention_bias": False}
     for key, value in wanted.items():
         if values.get(key, value) != value:
             raise ConfigError(
                 f"{key} = {values[key]!r} is not supported: qnext computes {key} = {value!r}"
             )
+    if (quantised := values.get("quantization_config")) is not None:
+        check_quantization_config(quantised)  # which tensors are int8 is said by Params, not here
 
 
 def _layer_types(values: Mapping[str, Any], layers: int) -> tuple[str, ...]:

@@ -35,6 +35,11 @@ class Piece(NamedTuple):
     rows: tuple[Rows, ...]
     expert: int | None = None
 
+    @property
+    def module(self) -> str:
+        """The name of the module that holds the tensor, as lists of modules give it."""
+        return self.name.removesuffix(".weight")
+
     def target(self, leaf: Tensor) -> Tensor:
         return leaf if self.expert is None else leaf[self.expert]
 
@@ -193,11 +198,13 @@ def _moe(path: str, name: str, x: dict[str, int]) -> Iterator[Entry]:
             for e in range(count)
         ]
 
+    def stacked(part: str, rows: int, columns: int) -> Iterator[tuple[Piece, ...]]:
+        for suffix in ("", ".weight"):
+            yield (_plain(f"{name}experts.{part}{suffix}", count, rows, columns),)
+
     gate_up = (*each("gate_proj", ffn, d), *each("up_proj", ffn, d, start=ffn))
-    stacked = (_plain(f"{name}experts.gate_up_proj", count, 2 * ffn, d),)
-    yield Entry(f"{path}.gate_up", (gate_up, stacked))
-    stacked = (_plain(f"{name}experts.down_proj", count, d, ffn),)
-    yield Entry(f"{path}.down", (tuple(each("down_proj", d, ffn)), stacked))
+    yield Entry(f"{path}.gate_up", (gate_up, *stacked("gate_up_proj", 2 * ffn, d)))
+    yield Entry(f"{path}.down", (tuple(each("down_proj", d, ffn)), *stacked("down_proj", d, ffn)))
     yield _whole(f"{path}.shared_gate", f"{name}shared_expert_gate.weight", 1, d)
     halves = _blocks(f"{name}shared_expert.", d, gate_proj=shared, up_proj=shared)
     yield Entry(f"{path}.shared_gate_up", (halves,))

@@ -15,11 +15,11 @@ from there, and what it writes itself, from guesses, is overwritten when the gue
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from qnext.errors import InputError
 from qnext.functional import ops
-from qnext.functional.blocks import Step, layer, locate, remember, unembed, within
+from qnext.functional.blocks import Step, layer, locate, project, remember, unembed, within
 from qnext.functional.checks import check_call, check_trees
 from qnext.functional.params import AttentionParams, MtpParams, Params
 from qnext.functional.state import KV, State
@@ -90,7 +90,7 @@ def _joined(
         ops.rms_norm(x=embedded, weight=p.embed_norm, eps=eps),
         ops.rms_norm(x=hidden, weight=p.hidden_norm, eps=eps),
     ]
-    return linear(torch.cat(both, dim=-1), p.fc)
+    return project(torch.cat(both, dim=-1), p.fc)
 
 
 def follows(state: Shaped[State]) -> bool:

@@ -3,57 +3,66 @@
 Projections that read the same input are one matrix each, their rows in whole blocks:
 `qkvg` = query, key, value, output gate; `qkvz` = query, key, value, output gate z; `ba` = write
 strength b, decay a; `gate_up` = gate, up. Norm weights marked zero-centred scale by 1 + w.
+
+Every matrix that multiplies activations may be `Quantized`; the model is the same functions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int8
 from torch import Tensor
 
 from qnext.functional.config import ATTENTION, Config
-from qnext.functional.tree import leaves_with_paths, rebuild
-from qnext.shapes import LeafHint, allocate
+from qnext.functional.tree import leaves_with_paths, map_with_paths, rebuild
+from qnext.shapes import LeafHint, allocate, alternatives
+
+
+class Quantized(NamedTuple):
+    """A matrix, or one an expert, in int8 with a scale for each of its rows (output channels)."""
+
+    weight: Int8[Tensor, "*rows columns"]
+    scale: Float32[Tensor, "*rows"]
 
 
 class AttentionParams(NamedTuple):
     """Gated grouped-query attention."""
 
-    in_proj: Float[Tensor, "qkvg d"]
+    in_proj: Float[Tensor, "qkvg d"] | Quantized
     q_norm: Float[Tensor, " hd"]  # zero-centred
     k_norm: Float[Tensor, " hd"]  # zero-centred
-    out_proj: Float[Tensor, "d q"]
+    out_proj: Float[Tensor, "d q"] | Quantized
 
 
 class DeltaNetParams(NamedTuple):
     """Gated DeltaNet."""
 
-    in_proj: Float[Tensor, "qkvz d"]
-    gate_proj: Float[Tensor, "ba d"]
+    in_proj: Float[Tensor, "qkvz d"] | Quantized
+    gate_proj: Float[Tensor, "ba d"] | Quantized
     conv: Float[Tensor, "conv width"]
     A_log: Float32[Tensor, " hv"]
     dt_bias: Float32[Tensor, " hv"]
     norm: Float[Tensor, " dv"]  # plain weight
-    out_proj: Float[Tensor, "d v"]
+    out_proj: Float[Tensor, "d v"] | Quantized
 
 
 class DenseParams(NamedTuple):
     """SwiGLU feed-forward."""
 
-    gate_up: Float[Tensor, "dense_gate_up d"]
-    down: Float[Tensor, "d dense"]
+    gate_up: Float[Tensor, "dense_gate_up d"] | Quantized
+    down: Float[Tensor, "d dense"] | Quantized
 
 
 class MoeParams(NamedTuple):
     """Mixture of SwiGLU experts with one shared expert behind a sigmoid gate."""
 
-    router: Float[Tensor, "experts d"]
-    gate_up: Float[Tensor, "experts ffn_gate_up d"]
-    down: Float[Tensor, "experts d ffn"]
-    shared_gate: Float[Tensor, "1 d"]
-    shared_gate_up: Float[Tensor, "shared_gate_up d"]
-    shared_down: Float[Tensor, "d shared"]
+    router: Float[Tensor, "experts d"] | Quantized
+    gate_up: Float[Tensor, "experts ffn_gate_up d"] | Quantized
+    down: Float[Tensor, "experts d ffn"] | Quantized
+    shared_gate: Float[Tensor, "1 d"] | Quantized
+    shared_gate_up: Float[Tensor, "shared_gate_up d"] | Quantized
+    shared_down: Float[Tensor, "d shared"] | Quantized
 
 
 MixerParams: TypeAlias = AttentionParams | DeltaNetParams
@@ -72,13 +81,13 @@ class MtpParams(NamedTuple):
 
     embed_norm: Float[Tensor, " d"]  # zero-centred
     hidden_norm: Float[Tensor, " d"]  # zero-centred
-    fc: Float[Tensor, "d two_d"]
+    fc: Float[Tensor, "d two_d"] | Quantized
     layer: LayerParams
     norm: Float[Tensor, " d"]  # zero-centred
 
 
 class Head(NamedTuple):
-    weight: Float[Tensor, "vocab d"]
+    weight: Float[Tensor, "vocab d"] | Quantized
 
 
 class Params(NamedTuple):
@@ -113,7 +122,7 @@ def empty_params(config: Config, device: torch.device | str | None = None) -> Pa
     kinds = [AttentionParams if k == ATTENTION else DeltaNetParams for k in config.layer_types]
     return Params(
         config=config,
-        embed=allocate(Head, axes, make).weight,
+        embed=make((axes["vocab"], axes["d"]), LeafHint(("vocab", "d"), None, "embed")),
         layers=tuple(layer(kind, moe) for kind, moe in zip(kinds, config.is_moe, strict=True)),
         norm=vector(),
         head=() if config.tie_word_embeddings else (allocate(Head, axes, make),),
@@ -128,6 +137,23 @@ def empty_params(config: Config, device: torch.device | str | None = None) -> Pa
             for _ in range(config.mtp_layers)
         ),
     )
+
+
+def matrices(params: Params) -> Iterator[tuple[str, Tensor | Quantized]]:
+    """The leaves that may be `Quantized`, with their paths."""
+    yield from alternatives(params, "")
+
+
+def quantized_specs(params: Params, paths: Collection[str]) -> Params:
+    """Specs with the matrices at `paths` as `Quantized`, others as they are."""
+
+    def spec(path: str, leaf: Tensor) -> Tensor | Quantized:
+        if path not in paths:
+            return leaf
+        scale = leaf.new_empty(leaf.shape[:-1], dtype=torch.float32)
+        return Quantized(torch.empty_like(leaf, dtype=torch.int8), scale)
+
+    return map_with_paths(spec, params)
 
 
 def init_params(config: Config, seed: int = 0) -> Params:

@@ -34,6 +34,11 @@ def map_leaves(function: Callable[..., Any], tree: Tree, *rest: object) -> Tree:
     return pytree.tree_map(function, tree, *rest)
 
 
+def map_with_paths(function: Callable[[str, Any], Any], tree: Tree) -> Tree:
+    """The same tree with `function(path, leaf)`, a leaf or a tree, in place of each leaf."""
+    return pytree.tree_map_with_path(lambda path, leaf: function(pytree.keystr(path), leaf), tree)
+
+
 def rebuild(tree: Tree, new_leaves: list[Any]) -> Tree:
     """A tree of the same structure with other leaves."""
     _, spec = pytree.tree_flatten(tree)

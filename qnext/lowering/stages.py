@@ -118,6 +118,7 @@ class Traced:
         find_static(graph.graph)
         if target.kind != "reference":
             fold(graph.graph)
+            merge_equal(graph.graph)  # what reads one tensor then shares its int8 tokens
         rules, passes = rules_of(target)
         verdicts = rewrite(graph.graph, rules, target)
         _demand(verdicts, strict, require)

@@ -53,6 +53,8 @@ class Facts(NamedTuple):
     # routing: k of npu_moe_gating_top_k_softmax_v2, experts of npu_grouped_matmul
     routing_top_k: int = 1024
     grouped_experts: int = 1024
+    # columns of the first weight of an int8 expert, npu_grouped_matmul_swiglu_quant_v2
+    grouped_swiglu_columns: int = 10240
     # calls that rules use and the installed torch_npu lacks, by name; the probe fills it
     missing: tuple[str, ...] = ()
 

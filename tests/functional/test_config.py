@@ -211,7 +211,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'.*qwen3_next"),
     "attention_bias": ({"attention_bias": True}, "attention_bias = True.*= False"),
     "hidden_act": ({"hidden_act": "gelu"}, "hidden_act = 'gelu'.*'silu'"),
-    "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config.*bits.*None"),
+    "quantized": ({"quantization_config": {"bits": 4}}, "not W8A8 .*config_groups is missing"),
     "rope_type": (rope(rope_type="llama3", factor=8.0), "'llama3' is not known.*linear, yarn"),
     "rope type": ({"rope_scaling": {"type": "dynamic"}}, "'dynamic' is not known"),
     "linear without factor": (rope(rope_type="linear"), '"linear" needs "factor" >= 1.*got None'),

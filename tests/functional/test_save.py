@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3NextForCausalLM
 
 import qnext as qn
-from qnext.functional import checkpoint
+from qnext.functional.checkpoint import write
 from qnext.functional.params import empty_params
 from qnext.functional.tree import map_leaves, nbytes
 from tests.samples import ODD, spec
@@ -112,8 +112,8 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> list[Path]:
 
         return attempt
 
-    monkeypatch.setattr(checkpoint, "save_file", failing(checkpoint.save_file, 1))
-    monkeypatch.setattr(checkpoint, "_write_json", failing(checkpoint._write_json, 0))
+    monkeypatch.setattr(write, "save_file", failing(write.save_file, 1))
+    monkeypatch.setattr(write, "write_json", failing(write.write_json, 0))
     return begun
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import qnext as qn
-from qnext.functional import checkpoint
+from qnext.functional.checkpoint import states
 from qnext.functional.tree import leaves_with_paths, map_leaves
 from tests.samples import spec
 
@@ -248,14 +248,14 @@ def test_a_full_disk_leaves_the_older_file(
 ) -> None:
     state, file = used(params), tmp_path / "s"
     qn.save_state(params, state, file)
-    write = checkpoint.save_file
+    write = states.save_file
 
     def fail(tensors: Tensors, path: Path, metadata: dict[str, str]) -> None:
         write(tensors, path, metadata)
         path.write_bytes(path.read_bytes()[:1000])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(states, "save_file", fail)
     _, later = qn.decode(params, state, torch.tensor([5, 6, 7]))
     with pytest.raises(OSError, match="No space left"):
         qn.save_state(params, later, file)

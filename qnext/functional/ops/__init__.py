@@ -14,5 +14,8 @@ from qnext.functional.ops.norm import rms_norm as rms_norm
 from qnext.functional.ops.primitive import PRIMITIVES as PRIMITIVES
 from qnext.functional.ops.primitive import Primitive as Primitive
 from qnext.functional.ops.primitive import Tolerance as Tolerance
+from qnext.functional.ops.quant import int8_experts as int8_experts
+from qnext.functional.ops.quant import int8_linear as int8_linear
+from qnext.functional.ops.quant import quantize_tokens as quantize_tokens
 from qnext.functional.ops.rotary import rotary as rotary
 from qnext.functional.ops.short_conv import short_conv as short_conv

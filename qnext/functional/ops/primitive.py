@@ -107,7 +107,7 @@ def _meta(value: Any) -> Any:
 def _schema(reference: Callable[..., Any]) -> str:
     """`(*, Tensor x, float eps) -> Tensor` from a function's annotations."""
     signature = inspect.signature(reference)
-    words = {int: "int", float: "float", bool: "bool"}
+    words = {int: "int", float: "float", bool: "bool", str: "str"}
     parts = [f"{words.get(p.annotation, 'Tensor')} {n}" for n, p in signature.parameters.items()]
     results = getattr(signature.return_annotation, "__args__", ())
     outputs = f"({', '.join(['Tensor'] * len(results))})" if _is_tuple(signature) else "Tensor"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qnext.lowering.npu import bias, composed, composed_delta, custom, emit, patterns, plain
+from qnext.lowering.npu.w8a8 import rules as w8a8
 from qnext.lowering.rules import Rule
 from qnext.lowering.target import Target
 
@@ -191,6 +192,7 @@ def _rows(target: Target, *, index: Tensor, **_: object) -> str | None:
 
 
 RULES = (
+    *w8a8.RULES,
     Rule(
         "mixture",
         "linear",

@@ -1,0 +1,123 @@
+"""A checkpoint as Params, float or int8."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qnext.errors import CheckpointError, InputError
+from qnext.functional.checkpoint.formats import announced
+from qnext.functional.checkpoint.plan import Part, offset_of, plan, scale_of
+from qnext.functional.checkpoint.shards import FLOATS, Stored, inventory, refusal
+from qnext.functional.checkpoint.stream import Reader, rows_at_once
+from qnext.functional.config import Config
+from qnext.functional.layout import Piece
+from qnext.functional.params import Params, empty_params, quantized_specs
+from qnext.functional.tree import leaves_with_paths, map_leaves
+
+
+def load(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    check_finite: bool = False,
+    progress: bool | None = None,
+) -> Params:
+    """Params of a Hugging Face checkpoint directory (config.json and *.safetensors).
+
+    Int8 matrices, as compressed-tensors (`int-quantized`) or ModelSlim (W8A8_DYNAMIC) store them,
+    become `Quantized` leaves. Shards are memory-mapped piece by piece, so that peak memory stays
+    near the model's size. `dtype` converts floating tensors (default: as stored; `A_log`,
+    `dt_bias` and scales stay float32); `check_finite` also refuses NaN and infinity; `progress`
+    shows a bar (default: on a terminal). Raises ConfigError for the config, CheckpointError
+    listing everything else that is wrong.
+    """
+    path = Path(path)
+    if dtype is not None and dtype not in FLOATS.values():
+        raise InputError(f"dtype must be one of {[*FLOATS.values()]}, got {dtype}")
+    config, stored, parts = examine(path, dtype)
+    params = quantized_specs(empty_params(config, "meta"), {p.path for p in parts if p.int8})
+    params = map_leaves(lambda spec: torch.empty_like(spec, device=device or "cpu"), params)
+    targets = dict(leaves_with_paths(params))
+    reader, wrong = Reader(stored), list[str]()
+    hidden = None if progress is None else not progress
+    total = sum(leaf.nbytes for leaf in targets.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="load", disable=hidden) as bar:
+        for part in parts:
+            for leaf, pieces, finite in _leaves(part, targets, check_finite):
+                wrong += _fill(leaf, pieces, reader, finite)
+                bar.update(leaf.nbytes)
+            wrong += _offsets(part, stored, reader)
+    if wrong:
+        raise refusal(path, wrong)
+    return params
+
+
+def examine(
+    path: Path, dtype: torch.dtype | None = None
+) -> tuple[Config, dict[str, Stored], list[Part]]:
+    """Everything that headers tell of a checkpoint: config, tensors, and what fills which leaf.
+
+    Raises as `load` does, before any weight is read.
+    """
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; give the directory that holds it")
+    config = Config.from_hf(path)
+    stored, wrong = inventory(path)
+    if any(name.startswith("mtp.") for name in stored):
+        config = replace(config, mtp_layers=1)
+    elif config.mtp_layers:
+        config = replace(config, mtp_layers=0)
+    compute = dtype or _stored_dtype(stored)
+    config = config.with_precision(compute=compute, logits=compute)
+    values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    parts, more = plan(config, stored, announced(path, values), convert=dtype is not None)
+    if wrong or more:
+        raise refusal(path, wrong + more)
+    return config, stored, parts
+
+
+def _stored_dtype(stored: dict[str, Stored]) -> torch.dtype:
+    """The checkpoint's dtype: that of its embedding."""
+    embed = stored.get("model.embed_tokens.weight")
+    return FLOATS.get(embed.dtype, torch.float32) if embed else torch.float32
+
+
+def _leaves(
+    part: Part, targets: dict[str, Tensor], check_finite: bool
+) -> Iterator[tuple[Tensor, tuple[Piece, ...], bool]]:
+    """The tensors of a leaf with the pieces that fill them, and whether values must be finite."""
+    if not part.int8:
+        yield targets[part.path], part.pieces, check_finite
+        return
+    yield targets[f"{part.path}.weight"], part.pieces, False
+    # a converter without a guard makes NaN of a row of zeros: scales are always looked at
+    yield targets[f"{part.path}.scale"], tuple(map(scale_of, part.pieces)), True
+
+
+def _fill(leaf: Tensor, pieces: tuple[Piece, ...], reader: Reader, finite: bool) -> Iterator[str]:
+    """Copy pieces into a leaf; yields a line for each piece that had to be finite and is not."""
+    for piece in pieces:
+        count = piece.shape[0]
+        row_bytes = leaf.itemsize * piece.target(leaf)[0].numel()
+        step = rows_at_once(row_bytes) if piece.is_plain else count
+        good = True
+        for first in range(0, count, step):
+            rows = reader.rows(piece.name, first, first + step)
+            piece.read_into(leaf, rows, first)
+            good = good and (not finite or bool(rows.to(leaf.dtype).isfinite().all()))
+        if not good:
+            yield f"not finite: {piece.name}"
+
+
+def _offsets(part: Part, stored: dict[str, Stored], reader: Reader) -> Iterator[str]:
+    """A line for each offset that is not zero: the scheme is symmetric."""
+    for piece in part.pieces if part.int8 else ():
+        name = offset_of(piece)
+        if name in stored and bool(reader.rows(name, 0, piece.shape[0]).any()):
+            yield f"not symmetric: {name} is not zero"
