@@ -69,14 +69,14 @@ def quantize_rows(weight: Float[Tensor, "*rows columns"], name: str = "weight") 
 
 
 def _rows(weight: Tensor, name: str) -> Quantized:
-    f = wide(weight)
-    peak = f.abs().amax(-1, keepdim=True)
+    low, high = weight.aminmax(dim=-1, keepdim=True)
+    peak = wide(torch.maximum(-low, high))
     if not is_fake(weight) and not bool(peak.isfinite().all()):
         raise InputError(f"{name} has values that are not finite: it cannot be quantised")
     scale = (peak / LARGEST).float()
     # of zeros, and of a row so small that its scale is: both are 0 in int8, with any scale
     scale = scale.masked_fill(scale == 0, 1)
-    q = (f / scale).round().clamp(-LARGEST, LARGEST)
+    q = (weight / scale).round().clamp(-LARGEST, LARGEST)  # in float32 at least
     return Quantized(q.to(torch.int8), scale.squeeze(-1))
 
 

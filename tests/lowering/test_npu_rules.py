@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import qnext as qn
+from qnext.functional.quantize import quantize
 from qnext.lowering.stages import Lowered
 from qnext.lowering.target import resolve
 from tests.samples import FUSED
@@ -35,12 +36,16 @@ def lower(
     donate: str | tuple[str, ...] = "state",
     precision: dict[str, torch.dtype] | None = None,
     draft: int = 0,
+    int8: list[str] | None = None,
     **changes: Any,
 ) -> Lowered:
+    """`int8` quantises all but what it lists."""
     config = qn.Config.from_hf(SMALL | changes)
     config = config.with_precision(**({"compute": BF16, "state": BF16} | (precision or {})))
     step = qn.jit(function, donate=donate)
-    return step.trace(*qn.specs(config, batch, 300, seq=seq, draft=draft)).lower(target)
+    params, *rest = qn.specs(config, batch, 300, seq=seq, draft=draft)
+    params = params if int8 is None else quantize(params, ignore=int8)
+    return step.trace(params, *rest).lower(target)
 
 
 def calls(step: Lowered, part: str) -> list[str]:

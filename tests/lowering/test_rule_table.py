@@ -28,6 +28,11 @@ class Row(NamedTuple):
     reason: str
 
 
+KEEP = [r"re:.*\.mlp\.(gate|shared_expert_gate)$", r"re:.*in_proj_ba$", "lm_head"]
+INT8 = {"int8": KEEP}
+ALONE = INT8 | SHARED  # a shared expert of another width lowers by itself
+WIDE = ALONE | {"shared_expert_intermediate_size": 10_300 // 2}
+NO_NORM_ALONE = {"int8": [*KEEP, r"re:.*\.linear_attn\."]}
 NARROW = "{} is float32, the call wants bfloat16"
 TABLE: dict[str, Row] = {
     "mixture": Row({}, SHARED, "the shared expert's width is 56, the others' 64"),
@@ -55,6 +60,14 @@ TABLE: dict[str, Row] = {
     "attention_lengths": Row({"host_lengths": True}, {}, "lengths stay on the device"),
     "attention": Row({}, ODD_HEADS, "heads of 40: must be a multiple of 16 up to 512"),
     "attention_composed": Row(ODD_HEADS, FLOAT32, NARROW.format("query")),
+    "int8_mixture": Row(INT8, ALONE, "the shared expert's width is 56, the others' 64"),
+    "int8_experts": Row(ALONE, ALONE | FLOAT32, NARROW.format("x")),
+    "add_norm_tokens": Row(INT8, NO_NORM_ALONE | FLOAT32, NARROW.format("x")),
+    "gated_norm_tokens": Row(INT8, INT8 | FLOAT32, NARROW.format("x")),
+    "tokens": Row(INT8, INT8 | FLOAT32, NARROW.format("x")),
+    "gated_product": Row(ALONE, WIDE, "10300 columns, the call takes 10240"),
+    "gated_product_wide": Row(WIDE, INT8, "another pattern"),
+    "products": Row(INT8, INT8 | FLOAT32, "another pattern"),
     "swiglu": Row(DENSE, DENSE | FLOAT32, NARROW.format("x")),
 }
 BY_THEMSELVES = {"gumbel_composed", "rows_put"}  # of functions other than the model's, below

@@ -14,7 +14,7 @@ from qnext.functional.tree import map_leaves
 from qnext.lowering.graph import site_name, sites
 from qnext.lowering.npu.table import RULES
 from qnext.lowering.rules import Match, Rule, _values, whole
-from qnext.lowering.simplify import find_static, fold
+from qnext.lowering.simplify import find_static, fold, merge_equal
 from qnext.lowering.target import Target
 from tests.samples import relative_rms
 
@@ -44,6 +44,7 @@ def examine(function: Any, arguments: tuple[Any, ...], target: Target) -> list[F
     module = deepcopy(qn.jit(function).trace(*arguments).trace.graph)
     find_static(module.graph)
     fold(module.graph)
+    merge_equal(module.graph)
     module.recompile()
     host = Interpreter(module, garbage_collect_values=False)
     leaves = [leaf for tree in arguments for leaf in qn.functional.tree.leaves(tree)]

@@ -2,6 +2,9 @@
 
     x ~ q * scale,   max |q| = 127,   y = (q w^T) * scale of the token * scale of the row
 
+In this order: the fused call of experts multiplies so before it rounds to int8 again. (The plain
+one multiplies by the row's scale first, which the rounding of its result to bfloat16 swallows.)
+
 Integers are summed exactly. A token of zeros has integers 0 and scale 0.
 """
 
@@ -92,8 +95,8 @@ def int8_linear(
     weight: Int8[Tensor, "rows columns"],
     scale: Float[Tensor, " rows"],
 ) -> Float[Tensor, "*batch rows"]:
-    """x weight^T as real numbers: the exact sum of integers, times scale, times x_scale."""
-    return _sums(x, weight).to(scale.dtype) * scale * x_scale[..., None]
+    """x weight^T as real numbers: the exact sum of integers, times x_scale, times scale."""
+    return _sums(x, weight).to(scale.dtype) * x_scale[..., None] * scale
 
 
 def _sums(x: Tensor, weight: Tensor) -> Tensor:
@@ -166,6 +169,6 @@ def _expert(
     down_scale: Float[Tensor, " d"],
 ) -> Float[Tensor, "tokens d"]:
     """down(silu(gate x) * up x) of one expert."""
-    inner = swiglu(_sums(x, gate_up).to(x_scale.dtype) * x_scale[:, None] * gate_up_scale)
+    inner = swiglu(int8_linear(x=x, x_scale=x_scale, weight=gate_up, scale=gate_up_scale))
     q, scale = quantize_tokens(x=inner, rounding=RECIPROCAL)
     return int8_linear(x=q, x_scale=scale, weight=down, scale=down_scale)

@@ -8,6 +8,7 @@ Either raises `Refused` through `need`, which is printed and returned as CANN's 
 import atexit
 import ctypes
 import itertools
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 
 PARAMETER_INVALID = 161002  # ACLNN_ERR_PARAM_INVALID
 DIMS = 12
+NZ, ROWS, BLOCK_BYTES = 29, 16, 32  # FRACTAL_NZ and its blocks
 DTYPES = {
     0: torch.float32,
     1: torch.float16,
@@ -148,7 +150,26 @@ def _tensor(handle: int | None) -> torch.Tensor | None:
     if it.dtype not in DTYPES:
         raise Refused(f"no dtype of number {it.dtype} here")
     shape, strides = it.shape[: it.rank], it.strides[: it.rank]
+    if it.format == NZ and it.data:
+        return _from_blocks(it.data, DTYPES[it.dtype], shape, strides)
     return _over(it.data, DTYPES[it.dtype], shape, strides, it.offset)
+
+
+def _from_blocks(
+    data: int, dtype: torch.dtype, shape: list[int], strides: list[int]
+) -> torch.Tensor:
+    """A copy, rows in order, of matrices stored as FRACTAL_NZ; see formats.cpp."""
+    turned = len(shape) > 1 and strides[-2] == 1 and strides[-1] != 1
+    *matrices, rows, columns = [*shape[:-2], shape[-1], shape[-2]] if turned else shape
+    width = BLOCK_BYTES // dtype.itemsize
+    blocks = (-(-columns // width), -(-rows // ROWS), ROWS, width)
+    size = math.prod(matrices) * math.prod(blocks)
+    stored = _over(data, dtype, [size], [1], 0).view(-1, *blocks)
+    plain = stored.permute(0, 2, 3, 1, 4).flatten(1, 2).flatten(2, 3)[:, :rows, :columns]
+    plain = plain.reshape(*matrices, rows, columns).contiguous()
+    plain = plain.mT if turned else plain
+    need(strides == list(plain.stride()), "a view into FRACTAL_NZ is no matrix", strides)
+    return plain
 
 
 def _over(

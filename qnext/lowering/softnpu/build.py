@@ -1,7 +1,7 @@
 """Build the software CANN for the installed torch_npu wheel: `python -m ... .build OUT`.
 
-The wheel needs a set of C functions that CANN has. Those that matter are written in `runtime.cpp`
-and `opapi.c`; what remains answers 0. Needs g++, gcc and nm on x86-64.
+The wheel needs a set of C functions that CANN has. Those that matter are written in `runtime.cpp`,
+`formats.cpp` and `opapi.c`; what remains answers 0. Needs g++, gcc and nm on x86-64.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("runtime.cpp", "opapi.c", "build.py")
+SOURCES = ("runtime.cpp", "formats.cpp", "opapi.c", "build.py")
 # short name -> what the chip calls itself
 SOCS = {"910B3": "Ascend910B3", "9391": "Ascend910_9391"}
 OPTIONS = {"soc": "Ascend910B3", "cann": "8.5.0"}
@@ -166,22 +166,22 @@ def _missing(ours: Iterable[Path]) -> list[str]:
 
 
 def _runtime(out: Path) -> None:
-    _run(
-        *("g++", "-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"),
-        *("-c", "-o", out / "runtime.o", HERE / "runtime.cpp"),
-    )
+    objects: list[Path] = []
+    known: set[str] = set()
+    for source in (HERE / "runtime.cpp", HERE / "formats.cpp"):
+        objects.append(out / f"{source.stem}.o")
+        flags = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"]
+        _run("g++", *flags, "-c", "-o", objects[-1], source)
+        known |= set(re.findall(r"^API .*?[\s*](\w+)\(", source.read_text(), re.M))
+        known |= set(re.findall(r"NOTHING\((\w+)\)", source.read_text()))
     ours = [out / f"lib{name}.so" for name in (*EMPTY, "acl_op_compiler", "nnopbase")]
-    known = set(re.findall(r"^API .*?[\s*](\w+)\(", (HERE / "runtime.cpp").read_text(), re.M))
-    known |= set(re.findall(r"NOTHING\((\w+)\)", (HERE / "runtime.cpp").read_text()))
     known |= set(re.findall(r"^API .*?[\s*](acl\w+)\(", (HERE / "opapi.c").read_text(), re.M))
     rest = [name for name in _missing(ours) if name not in known]
     stubs = out / "stubs.c"
     stubs.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in rest))
     _run("gcc", "-O1", "-fPIC", "-c", "-o", out / "stubs.o", stubs)
-    _run(
-        *("g++", "-shared", "-o", out / "libascendcl.so", out / "runtime.o", out / "stubs.o"),
-        *("-Wl,-soname,libascendcl.so", "-ldl"),
-    )
+    linked = [out / "libascendcl.so", *objects, out / "stubs.o"]
+    _run("g++", "-shared", "-o", *linked, "-Wl,-soname,libascendcl.so", "-ldl")
 
 
 def _opapi(out: Path) -> None:

@@ -144,8 +144,6 @@ NOTHING(aclrtUnuseStreamResInCurrentThread) NOTHING(aclrtGetLastError) NOTHING(a
 NOTHING(aclrtHostRegisterV2) NOTHING(aclrtHostUnregister) NOTHING(aclrtSetStreamFailureMode)
 NOTHING(aclrtSetStreamAttribute) NOTHING(aclrtSetStreamOverflowSwitch) NOTHING(aclrtSubscribeReport)
 NOTHING(aclrtUnSubscribeReport)
-// the path of the days before aclnn: a stub that returned 0 would hand back memory nobody wrote
-API Status aclopCompileAndExecute(const char *name, ...) { fprintf(stderr, "softnpu: %s took the legacy path, which does not exist here\n", name); return 500002; }
 
 // ---- memory: fresh is 0xA5, freed is 0xDB, never zero
 API Status aclrtMalloc(void **p, size_t n, int) {

@@ -5,6 +5,8 @@ routing multiply by 127 / max, `npu_dequant_swiglu_quant` divides by max / 127, 
 `npu_grouped_matmul_swiglu_quant_v2` multiplies by 1 / (max / 127).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,7 +35,20 @@ def _scale(x: Tensor, *shape: int) -> Tensor:
 @call("npu_format_cast", shapes=lambda *, weight: torch.empty_like(weight))
 def npu_format_cast(*, weight: Tensor) -> Tensor:
     """The same values in the cube unit's order; shape and strides tell nothing of it."""
-    return _npu().npu_format_cast(weight, NZ)
+    with _private_formats():
+        return _npu().npu_format_cast(weight, NZ)
+
+
+@contextmanager
+def _private_formats() -> Iterator[None]:
+    """Let tensors be made in the device's own formats, which the package refuses by default."""
+    package = _npu()
+    allowed = package._C._npu_getOption("ALLOW_INTERNAL_FORMAT") == b"enable"
+    package.npu.config.allow_internal_format = True
+    try:
+        yield
+    finally:
+        package.npu.config.allow_internal_format = allowed
 
 
 @call(

@@ -113,3 +113,4 @@ def grouped(
 
 kernel("aclnnGroupedMatmulV4", "LLLLLLLLtLLLiiiiLLL", grouped_check)(grouped)
 kernel("aclnnGroupedMatmulV5", "LLLLLLLLtLLLiiiiILLL", grouped_check)(grouped)
+kernel("aclnnGroupedMatmulWeightNz", "LLLLLLLLtLLLiiiiIiLLL", grouped_check)(grouped)

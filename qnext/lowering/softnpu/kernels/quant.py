@@ -17,14 +17,14 @@ LOW = (torch.bfloat16, torch.float16)
 
 
 def most(rows: Tensor) -> Tensor:
-    """The largest magnitude of a row; of a row of zeros the chip divides by it, so refused."""
-    peak = rows.abs().amax(-1)
-    need((peak > 0).all(), "a row to quantise must not be all zero", peak.flatten().tolist()[:8])
-    return peak
+    """The largest magnitude of a row. Of zeros it is 0, and so is the scale in all three ways."""
+    return rows.abs().amax(-1)
 
 
 def int8(values: Tensor) -> Tensor:
-    return values.round().clamp(-128, 127).to(torch.int8)
+    """Rounded and clamped; what comes of 0 / 0 the pages do not say: a number far out."""
+    undefined = values.isnan()
+    return values.nan_to_num().round().clamp(-128, 127).to(torch.int8).masked_fill(undefined, 91)
 
 
 def per_token(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,6 +120,9 @@ def quant_matmul(
     write(out, y)
 
 
+kernel("aclnnQuantMatmulWeightNz", "tttttttttbbit", matmul_check)(quant_matmul)
+
+
 def swiglu_check(
     x: Tensor, weight_scale: Tensor | None, act_scale: Tensor | None, bias: Any,
     quant_scale: Tensor | None, offset: Any, group: Any, left: bool, quant_mode: str, *rest: Any,
@@ -173,7 +176,6 @@ def grouped_check(
     need(list_kind in (0, 1), "group_list_type must be 0 or 1", list_kind)
 
 
-@kernel("aclnnGroupedMatmulSwigluQuantV2", "tLLLttttiiiiItt", grouped_check)
 def grouped_swiglu_quant(
     x: Tensor, weight: list[Tensor], weight_scale: list[Tensor], assist: Any, bias: Any,
     x_scale: Tensor, smooth: Any, list_: Tensor, dequant_mode: int, dequant_dtype: int,
@@ -191,3 +193,8 @@ def grouped_swiglu_quant(
         scales = most(result) / 127.0
         scale[start:end] = scales
         out[start:end] = int8(result * (1 / scales)[:, None])
+
+
+kernel("aclnnGroupedMatmulSwigluQuantWeightNzV2", "tLLLttttiiiiItt", grouped_check)(
+    grouped_swiglu_quant
+)
