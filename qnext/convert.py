@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qnext.errors import CheckpointError, InputError
+from qnext.functional.checkpoint.formats import DESCRIPTION
 from qnext.functional.checkpoint.plan import Part
 from qnext.functional.checkpoint.read import examine
 from qnext.functional.checkpoint.shards import INDEX, Stored, partial_name, replacing, write_json
@@ -29,7 +30,7 @@ from qnext.functional.quantize import dequantize, kept_paths, quantize_rows
 from qnext.functional.scheme import quantization_config
 
 JOURNAL = ".quantize"  # what is done, while not all is
-REPLACED = (".safetensors", INDEX, ".bin", ".pt", ".pth", ".gguf")  # weights; not copied
+REPLACED = (".safetensors", INDEX, ".bin", ".pt", ".pth", ".gguf", DESCRIPTION)  # not copied
 SPARE = 64 << 20  # bytes that must stay free beside the weights: config, tokenizer, journal
 
 

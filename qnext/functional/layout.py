@@ -78,6 +78,11 @@ class Entry(NamedTuple):
     ways: tuple[tuple[Piece, ...], ...]
 
 
+def is_experts(pieces: tuple[Piece, ...]) -> bool:
+    """Whether these tensors are a matrix of each expert, apart or stacked."""
+    return pieces[0].expert is not None or len(pieces[0].shape) == 3
+
+
 def _picked(stored: Tensor, part: Rows) -> Tensor:
     return stored.unflatten(0, (part.groups, -1))[:, part.offset : part.offset + part.size]
 

@@ -6,7 +6,7 @@ stored. What stays as it is, `ignore` says in the words of compressed-tensors: a
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qnext.errors import InputError
 from qnext.functional.config import Config
-from qnext.functional.layout import Entry, layout
+from qnext.functional.layout import Entry, is_experts, layout
 from qnext.functional.ops.quant import LARGEST
 from qnext.functional.ops.tolerance import wide
 from qnext.functional.params import Params, Quantized, empty_params, matrices
@@ -34,7 +34,8 @@ CHOICES = {"default": KEPT, "public": PUBLIC_CONVERTER}
 def quantize(params: Params, scheme: str = "w8a8", ignore: Collection[str] | None = None) -> Params:
     """The same model with int8 matrices: scale = absmax / 127 for each row, float32.
 
-    `ignore` names modules that keep their dtype (default: those of `KEPT` that the model has).
+    `ignore` names modules that keep their dtype: a list of your own, each entry of which must
+    match something, or one of the `CHOICES` (default: `KEPT`), of which what matches counts.
     Works on specs as well. Raises InputError for an entry that matches nothing, for one that
     matches half of a fused matrix, and for weights that are not finite or quantised already.
     """
@@ -94,12 +95,20 @@ def kept_paths(
 ) -> set[str]:
     """The matrices of Params that `ignore` keeps from being quantised, or else a choice does."""
     matrix = {path for path, _ in matrices(empty_params(config, "meta"))}
-    entries = [entry for entry in layout(config) if entry.path in matrix]
-    listed = Ignore(CHOICES[choice] if ignore is None else ignore)
-    kept = {entry.path for entry in entries if listed.keeps(entry)}
-    if listed.unused and ignore is not None:
+    ignore = CHOICES[choice] if ignore is None else ignore
+    listed, entries = Ignore(ignore), list(layout(config))
+    kept = {entry.path for entry in entries if listed.keeps(entry)} & matrix
+    if listed.unused and ignore not in CHOICES.values():  # a choice is made for every model
         unused = ", ".join(listed.unused)
-        raise InputError(f"ignore lists {unused}, which matches no matrix of this model")
+        raise InputError(f"ignore lists {unused}, which matches nothing of this model")
+    for entry in entries:
+        down = entry.path.removesuffix("gate_up") + "down"
+        half = entry.path.endswith(".ffn.gate_up") and (entry.path in kept) != (down in kept)
+        if half and is_experts(entry.ways[0]):
+            raise InputError(
+                f"ignore lists one of params{entry.path} and params{down}: experts are quantised "
+                "as a whole, list both or neither"
+            )
     return kept
 
 
@@ -108,9 +117,9 @@ class Ignore:
 
     def __init__(self, entries: Collection[str]) -> None:
         if isinstance(entries, str):
-            raise InputError(
-                f"ignore must be a list of names, got {entries!r}; write [{entries!r}]"
-            )
+            raise InputError(f"ignore must be a list of names, got a string; write [{entries!r}]")
+        if not isinstance(entries, Collection) or not all(isinstance(e, str) for e in entries):
+            raise InputError(f"ignore must be a list of names, got {entries!r}")
         self.unused = dict.fromkeys(entries)
         self._names = {entry for entry in entries if not entry.startswith(PATTERN)}
         self._patterns = {e: _compiled(e) for e in entries if e.startswith(PATTERN)}
@@ -125,16 +134,13 @@ class Ignore:
 
     def keeps(self, entry: Entry) -> bool:
         """Whether a matrix is kept, by any of the names that checkpoints know it by."""
-        partly = ""
-        for way in entry.ways:
-            hits = [self.matches(piece.module) for piece in way]
-            if all(hits):
-                return True
-            partly = next((p.module for p, hit in zip(way, hits, strict=True) if hit), partly)
-        if partly:
+        ways = [{piece.module: self.matches(piece.module) for piece in way} for way in entry.ways]
+        if any(all(hits.values()) for hits in ways):
+            return True
+        if listed := [module for hits in ways for module, hit in hits.items() if hit]:
             raise InputError(
-                f"ignore lists {partly}, but not all of params{entry.path}, which is one matrix: "
-                f"list every part of it, {', '.join(_few(p.module for p in entry.ways[0]))}"
+                f"ignore lists {listed[0]}, but not all of params{entry.path}, which is one "
+                f"matrix: list every part of it, {', '.join(_few(ways[0]))}"
             )
         return False
 
@@ -146,6 +152,6 @@ def _compiled(entry: str) -> re.Pattern[str]:
         raise InputError(f"ignore has {entry!r}, no regular expression: {error}") from error
 
 
-def _few(names: Iterator[str], most: int = 4) -> Sequence[str]:
+def _few(names: Collection[str], most: int = 4) -> Sequence[str]:
     listed = list(names)
     return listed if len(listed) <= most else [*listed[: most - 1], "..."]

@@ -1,5 +1,6 @@
 """W8A8 in the words of compressed-tensors: the `quantization_config` of a config.json."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,10 @@ from qnext.errors import ConfigError
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 WEIGHTS = INT8 | {"strategy": "channel", "dynamic": False}
 ACTIVATIONS = INT8 | {"strategy": "token", "dynamic": True}
+# and what is meant where nothing is said
+DEFAULTS = INT8 | {"strategy": "tensor", "dynamic": False}
 FORMAT = "int-quantized"
+FURTHER = ("kv_cache_scheme", "sparsity_config", "transform_config")
 
 
 def quantization_config(kept: Iterable[str]) -> dict[str, Any]:
@@ -42,10 +46,13 @@ def check_quantization_config(config: object) -> None:
     if not isinstance(config, Mapping):
         raise ConfigError(f"quantization_config must be an object, got {config!r}")
     wrong = []
-    wanted = {"quant_method": "compressed-tensors", "format": FORMAT, "kv_cache_scheme": None}
+    wanted = {"quant_method": "compressed-tensors", "format": FORMAT}
     for key, value in wanted.items():
         if config.get(key, value) != value:
             wrong.append(f"{key} = {config[key]!r}, not {value!r}")
+    # each of these changes what is computed; empty, they say that they do not
+    wrong += [f"{key} = {config[key]!r}" for key in FURTHER if config.get(key)]
+    wrong += _wrong_ignore(config.get("ignore"))
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         wrong.append("config_groups is missing")
@@ -57,6 +64,19 @@ def check_quantization_config(config: object) -> None:
             "quantization_config is not W8A8 as qnext computes it (int8 weights by channel, int8 "
             "activations by token, symmetric): " + "; ".join(wrong)
         )
+
+
+def _wrong_ignore(ignore: object) -> Iterator[str]:
+    if ignore is None:
+        return
+    if not isinstance(ignore, list) or not all(isinstance(entry, str) for entry in ignore):
+        yield f"ignore = {ignore!r}, not a list of names"
+        return
+    for entry in ignore:
+        try:
+            re.compile(entry.removeprefix("re:") if entry.startswith("re:") else "")
+        except re.error as error:
+            yield f"ignore has {entry!r}, no regular expression ({error})"
 
 
 def _wrong_group(name: str, group: object) -> Iterator[str]:
@@ -71,5 +91,5 @@ def _wrong_group(name: str, group: object) -> Iterator[str]:
             yield f"{name}.{part} is {given!r}"
             continue
         for key, value in wanted.items():
-            if given.get(key, value) != value:
-                yield f"{name}.{part}.{key} = {given[key]!r}, not {value!r}"
+            if (have := given.get(key, DEFAULTS[key])) != value:
+                yield f"{name}.{part}.{key} = {have!r}, not {value!r}"

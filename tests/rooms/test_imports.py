@@ -51,6 +51,7 @@ STANDARD = {
     "qnext.functional.config": {"hashlib", "json", "pathlib"},
     "qnext.functional.checkpoint": {"contextlib", "json", "os", "pathlib", "zlib"},
     "qnext.functional.quantize": {"re"},
+    "qnext.functional.scheme": {"re"},
 }
 MODULES = sorted(ROOT.rglob("*.py"))
 LONGEST = 400

@@ -8,7 +8,7 @@ import torch
 from qnext.functional.checkpoint.formats import Announced
 from qnext.functional.checkpoint.shards import FLOATS, Stored
 from qnext.functional.config import Config
-from qnext.functional.layout import Entry, Piece, layout
+from qnext.functional.layout import Entry, Piece, is_experts, layout
 from qnext.functional.params import empty_params, matrices
 from qnext.functional.tree import leaves_with_paths
 
@@ -45,7 +45,8 @@ def plan(
                 wrong.append(f"missing: {piece.name} {list(piece.shape)}")
                 continue
             wrong += _shapes(piece, stored[piece.name].shape)
-            wrong += _int8(piece, stored) if part.int8 else ()
+            if stored[piece.name].dtype == "I8" and part.int8:
+                wrong += _int8(piece, stored)
             if not part.int8:
                 wanted = {dtypes[entry.path], config.precision.compute}
                 wrong += _dtypes(piece.name, stored[piece.name].dtype, wanted, convert)
@@ -119,7 +120,8 @@ def _int8(piece: Piece, stored: Mapping[str, Stored]) -> Iterator[str]:
 def _half_experts(parts: list[Part]) -> Iterator[str]:
     """Experts are one primitive: both their matrices are int8, or neither is."""
     int8 = {part.path: part.int8 for part in parts}
+    many = {part.path for part in parts if is_experts(part.pieces)}
     for path in int8:
         other = path.removesuffix("gate_up") + "down"
-        if path.endswith(".gate_up") and int8[path] != int8[other]:
+        if path.endswith(".ffn.gate_up") and path in many and int8[path] != int8[other]:
             yield f"half quantised: {path[1:]} and {other[1:]} must both be int8, or neither"

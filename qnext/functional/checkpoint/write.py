@@ -1,5 +1,6 @@
 """Params as a checkpoint that `load`, transformers and compressed-tensors read."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qnext.errors import InputError
+from qnext.functional.checkpoint.formats import DESCRIPTION
 from qnext.functional.checkpoint.plan import scale_of
 from qnext.functional.checkpoint.shards import INDEX, replacing, write_json
 from qnext.functional.checks import params_mismatches
@@ -29,12 +31,12 @@ def save(params: Params, path: str | Path, *, max_shard_bytes: int = 5 << 30) ->
     path.mkdir(parents=True, exist_ok=True)
     shards: list[list[tuple[Tensor, Piece]]] = [[]]
     size = 0
-    for leaf, piece in _tensors(params):
-        nbytes = leaf.itemsize * torch.Size(piece.shape).numel()
+    for together in _tensors(params):
+        nbytes = sum(leaf.itemsize * torch.Size(piece.shape).numel() for leaf, piece in together)
         if shards[-1] and size + nbytes > max_shard_bytes:
             shards.append([])
             size = 0
-        shards[-1].append((leaf, piece))
+        shards[-1] += together
         size += nbytes
     count = len(shards)
     names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
@@ -50,7 +52,8 @@ def save(params: Params, path: str | Path, *, max_shard_bytes: int = 5 << 30) ->
             total = sum(leaf.nbytes for _, leaf in leaves_with_paths(params))
             write_json(new(index), {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(new(path / "config.json"), params.config.to_hf() | quantised(params))
-    for stale in {*path.glob("model*.safetensors"), index} - {path / n for n in names}:
+    older = {*path.glob("model*.safetensors"), index, path / DESCRIPTION}
+    for stale in older - {path / n for n in names}:
         if not (stale == index and count > 1):
             stale.unlink(missing_ok=True)
 
@@ -63,18 +66,16 @@ def quantised(params: Params) -> dict[str, object]:
     return {"quantization_config": quantization_config(names)} if int8 else {}
 
 
-def _tensors(params: Params) -> list[tuple[Tensor, Piece]]:
-    """Each tensor to store, as the leaf and the piece of it."""
+def _tensors(params: Params) -> Iterator[list[tuple[Tensor, Piece]]]:
+    """Each tensor to store, as the leaf and the piece of it; int8 together with its scales."""
     leaves = dict(leaves_with_paths(params))
-    tensors: list[tuple[Tensor, Piece]] = []
     for entry in layout(params.config):
         for piece in entry.ways[0]:
             if entry.path in leaves:
-                tensors.append((leaves[entry.path], piece))
-                continue
-            tensors.append((leaves[f"{entry.path}.weight"], piece))
-            tensors.append((leaves[f"{entry.path}.scale"], scale_of(piece)))
-    return tensors
+                yield [(leaves[entry.path], piece)]
+            else:
+                weight, scale = leaves[f"{entry.path}.weight"], leaves[f"{entry.path}.scale"]
+                yield [(weight, piece), (scale, scale_of(piece))]
 
 
 def _written(leaf: Tensor, piece: Piece) -> Tensor:

@@ -5,7 +5,8 @@
 In this order: the fused call of experts multiplies so before it rounds to int8 again. (The plain
 one multiplies by the row's scale first, which the rounding of its result to bfloat16 swallows.)
 
-Integers are summed exactly. A token of zeros has integers 0 and scale 0.
+Integers are summed exactly. A token of zeros has integers 0 and scale 0; one below 1e-36, whose
+inverse would be infinite, is rounded as if its largest were that.
 """
 
 from collections.abc import Iterator
@@ -52,9 +53,9 @@ def quantize_tokens(
     """Integers and scale of each token, by one of the three ways above."""
     f = wide(x)
     peak = f.abs().amax(-1, keepdim=True)
-    zero, peak = peak == 0, peak.clamp(min=torch.finfo(f.dtype).tiny)
-    if rounding == TIMES:
-        inverse = LARGEST / peak
+    zero, peak = peak == 0, peak.clamp(min=2 * LARGEST / torch.finfo(f.dtype).max)
+    if rounding == TIMES:  # one division: number / tensor would be 127 * (1 / max), rounded twice
+        inverse = torch.full_like(peak, LARGEST) / peak
         scaled, scale = f * inverse, 1 / inverse
     elif rounding == OVER:
         scale = peak * (1 / LARGEST)

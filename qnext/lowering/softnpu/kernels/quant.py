@@ -29,7 +29,8 @@ def int8(values: Tensor) -> Tensor:
 
 def per_token(rows: Tensor) -> tuple[Tensor, Tensor]:
     """npu_dynamic_quant's: q = rint(x * (127 / max)), scale = 1 / (127 / max)."""
-    inverse = 127.0 / most(rows)
+    peak = most(rows)
+    inverse = torch.full_like(peak, 127.0) / peak  # 127.0 / peak is two roundings in torch
     return int8(rows * inverse[..., None]), 1 / inverse
 
 
