@@ -4,7 +4,6 @@ Each shard of the source becomes a shard of the result, written under another na
 renamed, and noted in a journal. If the work is cut off, the same command goes on where it was.
 """
 
-import fcntl
 import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,11 +26,20 @@ from qnext.functional.checkpoint.stream import Reader, ShardWriter, Spec, rows_a
 from qnext.functional.config import Config
 from qnext.functional.layout import Piece, layout
 from qnext.functional.params import empty_params, matrices
-from qnext.functional.quantize import dequantize, kept_paths, quantize_rows
+from qnext.functional.quantize import CHOICES, dequantize, kept_paths, quantize_rows
 from qnext.functional.scheme import quantization_config
 
-JOURNAL = ".quantize"  # what is done, while not all is
-REPLACED = (".safetensors", INDEX, ".bin", ".pt", ".pth", ".gguf", DESCRIPTION)  # not copied
+JOURNAL, BEGUN = ".quantize", "source.json"  # what is done while not all is, and of what
+REPLACED = (
+    ".safetensors",
+    INDEX,
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".gguf",
+    DESCRIPTION,
+)  # not copied
 SPARE = 64 << 20  # bytes that must stay free beside the weights: config, tokenizer, journal
 
 
@@ -99,21 +108,31 @@ def convert(
     little room; InputError for a wrong `ignore`.
     """
     source, target = Path(source), Path(target)
+    if choice not in CHOICES:
+        raise InputError(f"choice must be one of {[*CHOICES]}, got {choice!r}")
     config, stored, parts = examine(source)
     if done := next((part.pieces[0].name for part in parts if part.int8), None):
         raise CheckpointError(f"{source} is quantised already: {done} is int8")
     shards = _shards(config, parts, stored, kept_paths(config, ignore, choice))
     kept = [name for shard in shards for name in shard.copied]
-    with _journal(source, target, kept) as journal:
-        _need_room(target, shards, stored, journal)
-        hidden = None if progress is None else not progress
-        total, summary = sum(have.nbytes for have in stored.values()), Summary()
-        with tqdm(total=total, unit="B", unit_scale=True, desc="quantize", disable=hidden) as bar:
-            for shard in shards:
-                done_before = journal.summary(shard)
-                summary += done_before or _made(shard, stored, target, journal, bar)
-                bar.update(done_before.bytes_before if done_before else 0)
-        _finish(source, target, shards, stored, kept)
+    hidden = None if progress is None else not progress
+    total, summary = sum(have.nbytes for have in stored.values()), Summary()
+    try:
+        with _journal(source, target, kept) as journal:
+            _need_room(target, shards, stored, journal)
+            with tqdm(
+                total=total, unit="B", unit_scale=True, desc="quantize", disable=hidden
+            ) as bar:
+                for shard in shards:
+                    before = journal.summary(shard)
+                    summary += before or _made(shard, stored, target, journal, bar)
+                    bar.update(before.bytes_before if before else 0)
+            _finish(source, target, shards, stored, kept)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} cannot be written: {error}. What was finished is kept; make room and run "
+            "the same command again"
+        ) from error
     return summary
 
 
@@ -168,11 +187,6 @@ def _made(
         writer.close()
         verify(partial, specs, writer.checksums)
         partial.replace(file)
-    except OSError as error:
-        raise CheckpointError(
-            f"{file} cannot be written: {error}. What was finished is kept; make room and run the "
-            "same command again"
-        ) from error
     finally:
         if writer is not None:
             writer.abandon()
@@ -213,53 +227,72 @@ def _quantised(reader: Reader, have: Stored, run: Run, writer: ShardWriter, bar:
 class Journal:
     """What of a conversion is done: a file a shard, written after the shard has its name."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self._folder, self._identity = folder, identity
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def summary(self, shard: Shard) -> Summary | None:
         """The summary of a shard that is done."""
-        note = self._folder / f"{shard.name}.json"
-        if not note.is_file() or not (self._folder.parent / shard.name).is_file():
-            return None
-        return Summary(**json.loads(note.read_text(encoding="utf-8")))
+        note = _read(self._folder / f"{shard.name}.json")
+        return Summary(**note) if note and (self._folder.parent / shard.name).is_file() else None
 
     def note(self, shard: Shard, summary: Summary) -> None:
         with replacing() as new:
             write_json(new(self._folder / f"{shard.name}.json"), asdict(summary))
 
 
+def _read(file: Path) -> Any:
+    """What a file of the journal holds; None where there is none, or one that power cut off."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 @contextmanager
 def _journal(source: Path, target: Path, kept: list[str]) -> Iterator[Journal]:
-    """The journal in `target`, new or of the same work; nobody else may work there meanwhile."""
+    """The journal in `target`, new or of the same work; nobody else may work there meanwhile.
+
+    It goes when the work is done, and when it fails before anything was.
+    """
+    folder = target / JOURNAL
+    _check_target(source, target, folder)
+    identity = {
+        "kept": kept,
+        "files": [
+            [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+            for file in sorted(source.glob("*.safetensors"))
+        ],
+    }
+    fresh = not target.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            if (begun := _read(folder / BEGUN)) not in (None, identity):
+                raise CheckpointError(
+                    f"{target} holds the beginning of another conversion (another source, or "
+                    "another choice of what to ignore); empty it or give a new directory"
+                )
+            try:
+                if begun is None:
+                    with replacing() as new:
+                        write_json(new(folder / BEGUN), identity)
+                yield Journal(folder)
+            except BaseException:
+                if not any(target.glob("*.safetensors")):
+                    shutil.rmtree(target if fresh else folder)
+                raise
+            shutil.rmtree(folder)
+    except Timeout:
+        raise CheckpointError(f"another process is writing to {target}") from None
+
+
+def _check_target(source: Path, target: Path, folder: Path) -> None:
     if target.is_file():
         raise CheckpointError(f"{target} is a file; give a directory to write to")
     if target.exists() and target.resolve() == source.resolve():
         raise InputError(f"{target} is the source itself; give another directory to write to")
-    folder = target / JOURNAL
     if target.is_dir() and any(target.iterdir()) and not folder.is_dir():
         raise CheckpointError(f"{target} is not empty; give a new directory, or empty it")
-    files = sorted(source.glob("*.safetensors"))
-    identity = {
-        "kept": kept,
-        "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(f"another process is writing to {target}") from None
-        begun = folder / "source.json"
-        if not begun.is_file():
-            with replacing() as new:
-                write_json(new(begun), identity)
-        elif json.loads(begun.read_text(encoding="utf-8")) != identity:
-            raise CheckpointError(
-                f"{target} holds the beginning of another conversion (another source, or another "
-                "choice of what to ignore); empty it or give a new directory"
-            )
-        yield Journal(folder, identity)
-        shutil.rmtree(folder)
 
 
 def _need_room(
@@ -267,6 +300,8 @@ def _need_room(
 ) -> None:
     """Refuse a disk that cannot hold what is still to be written."""
     left = [shard for shard in shards if journal.summary(shard) is None]
+    for shard in left:  # of a run that was killed
+        partial_name(target / shard.name).unlink(missing_ok=True)
     need = sum(spec.nbytes for shard in left for spec in shard.specs(stored).values()) + SPARE
     free = shutil.disk_usage(target).free
     if free < need:

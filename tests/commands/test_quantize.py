@@ -25,7 +25,6 @@ from tests.samples import spec
 from tests.stored import INDEX, SINGLE, Tensors, assert_same, read, write
 
 PUBLISHED, IN_TWO, IN_FOUR = range(3)  # projections of the delta rule; all but the first stack
-JOURNAL = {".quantize", ".quantize/lock", ".quantize/source.json"}
 
 
 def files(path: Path) -> dict[str, str]:
@@ -220,8 +219,9 @@ REFUSED = {
     "itself by another name": ("src link", "is the source itself; give another directory"),
     "not empty": ("src theirs", "is not empty; give a new directory, or empty it"),
     "a file": ("src src/config.json", "is a file; give a directory to write to"),
-    "unknown name": ("src new --ignore lm_head --ignore x", "lists x, which matches no matrix"),
+    "unknown name": ("src new --ignore lm_head --ignore x", "lists x, which matches nothing"),
     "no pattern": ("src new --ignore re:(", "'re:(', no regular expression"),
+    "half the experts": (r"src new --ignore re:.*experts\.\d+\.down_proj", "list both or neither"),
     "half": ("src new --ignore model.layers.3.self_attn.q_proj", "list every part of it"),
     "int8": ("int8 new", "int8 is quantised already: model.layers.0."),
 }
@@ -237,6 +237,7 @@ def test_refusals_are_one_line_and_write_nothing(
     (tmp_path / "theirs" / ".hidden").write_text("x")
     before, (arguments, says) = files(tmp_path), REFUSED[case]
     source, target, *options = arguments.split()
+    capsys.readouterr()
     assert main(["quantize", str(tmp_path / source), str(tmp_path / target), *options]) == 2
     out, err = capsys.readouterr()
     assert out == "" and says in err and err.startswith("qnext: ") and err.count("\n") == 1
@@ -253,7 +254,7 @@ def test_matrices_must_be_finite(
 
     with pytest.raises(qn.InputError, match=r"layers\.2\.mlp\.experts\.4\.up_proj.* not finite"):
         convert(base(way, change=spoil), tmp_path / "dst")
-    assert files(tmp_path / "dst").keys() == JOURNAL
+    assert not (tmp_path / "dst").exists()
 
 
 # --- disks that are full or lie ----------------------------------------------------------------
@@ -270,7 +271,7 @@ def test_room_is_made_sure_of(
         says = f"{free[0] / 1e9:.1f} GB free, and 3.2 GB are still to be written"
         with pytest.raises(qn.CheckpointError, match=says):
             convert(tmp_path / "src", tmp_path / "tight")
-        assert files(tmp_path / "tight").keys() <= JOURNAL
+        assert not (tmp_path / "tight").exists()
         free.pop(0)
     convert(tmp_path / "src", tmp_path / "tight")
     assert files(tmp_path / "tight") == files(tmp_path / "dst")
@@ -293,4 +294,56 @@ def test_what_reads_back_otherwise_gets_no_name(
     monkeypatch.setattr(converting, "verify", flipped)
     with pytest.raises(qn.CheckpointError, match=f"^{re.escape(name)} in .* reads back other than"):
         convert(base(), tmp_path / "dst")
-    assert files(tmp_path / "dst").keys() == JOURNAL
+    assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("byte", [0, 7, 20, 100])
+def test_a_header_that_reads_back_otherwise_gets_no_name(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, byte: int
+) -> None:
+    def flipped(file: Path, specs: Mapping[str, Spec], checksums: Mapping[str, int]) -> None:
+        raw = bytearray(file.read_bytes())
+        raw[byte] ^= 1
+        file.write_bytes(raw)
+        verify(file, specs, checksums)
+
+    monkeypatch.setattr(converting, "verify", flipped)
+    with pytest.raises(qn.CheckpointError, match="safetensors"):
+        convert(base(), tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_disk_without_a_single_byte(base: Callable[..., Path], tmp_path: Path) -> None:
+    """Closing what could not be written fails once more: the hint must not be lost in that."""
+    (tmp_path / "dst" / ".quantize").mkdir(parents=True)
+    partial = tmp_path / "dst" / ".model.safetensors.partial"
+
+    def full(*_: Any) -> None:  # once room was found
+        partial.symlink_to("/dev/full")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(converting, "_need_room", full)
+        with pytest.raises(qn.CheckpointError, match=r"No space left.*run the same command again"):
+            convert(base(), tmp_path / "dst")
+    assert not partial.is_symlink() and not files(tmp_path / "dst")
+
+
+def test_what_a_killed_run_left_is_room(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its partial file is about to be written over."""
+    partial, room = tmp_path / ".model.safetensors.partial", converting.shutil.disk_usage
+    (tmp_path / ".quantize").mkdir()
+    partial.write_bytes(b"x")
+
+    def usage(path: Path) -> Any:
+        return room(path)._replace(free=0) if partial.exists() else room(path)
+
+    monkeypatch.setattr(converting.shutil, "disk_usage", usage)
+    convert(base(), tmp_path)
+
+
+def test_an_unknown_choice_is_refused(base: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(qn.InputError, match=r"choice must be one of .*'public'.*, got 'foo'"):
+        convert(base(), tmp_path / "dst", choice="foo")

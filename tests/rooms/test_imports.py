@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
         "qnext.functional",
         "qnext.text",
     },
-    "qnext.convert": {"torch", "tqdm", "qnext.errors", "qnext.functional"},
+    "qnext.convert": {"filelock", "torch", "tqdm", "qnext.errors", "qnext.functional"},
     "qnext.lowering": LOWERING,
     "qnext.lowering.npu": LOWERING | {"torch_npu"},
     "qnext.lowering.softnpu": {"torch", "torch_npu", "qnext.lowering.softnpu"},

@@ -58,10 +58,7 @@ def inventory(path: Path) -> tuple[dict[str, Stored], list[str]]:
     stored: dict[str, Stored] = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (a shard is no mapping)
-                    part = shard.get_slice(name)
-                    stored[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+            stored |= headers(file)
         except FileNotFoundError:
             named = index.name if index else path.name
             wrong.append(f"missing shard: {file.name}, named by {named}")
@@ -72,6 +69,16 @@ def inventory(path: Path) -> tuple[dict[str, Stored], list[str]]:
     if weight_map is not None and index is not None:
         wrong += _index_differences(weight_map, stored, index.name)
     return stored, wrong
+
+
+def headers(file: Path) -> dict[str, Stored]:
+    """What one shard's header announces."""
+    with safe_open(file, framework="pt") as shard:
+        parts = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (no mapping)
+        return {
+            name: Stored(file, tuple(part.get_shape()), part.get_dtype())
+            for name, part in parts.items()
+        }
 
 
 def _the_one(path: Path, name: str, pattern: str) -> Path | None:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qnext.errors import CheckpointError
-from qnext.functional.checkpoint.shards import DTYPES, Stored
+from qnext.functional.checkpoint.shards import DTYPES, Stored, headers
 
 MAPPED_AT_ONCE = 32 << 20  # bytes of a shard touched before it is unmapped again
 READ_AT_ONCE = 8 << 20  # bytes of a tensor read together
@@ -78,8 +78,12 @@ class ShardWriter:
         self._written = dict.fromkeys(specs, 0)
         self.checksums = dict.fromkeys(specs, 0)
         self._file = file.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._data = self._file.tell()
+        self._data = 8 + len(text)
+        try:
+            self._file.write(len(text).to_bytes(8, "little") + text)
+        except OSError:
+            self.abandon()
+            raise
 
     def write(self, name: str, rows: Tensor) -> None:
         """The next rows of a tensor."""
@@ -101,16 +105,19 @@ class ShardWriter:
                 )
 
     def abandon(self) -> None:
-        self._file.close()
+        """Close what is not finished; a full disk refuses the last of it once more."""
+        try:
+            self._file.close()
+        except OSError:
+            self._file.raw.close()
 
 
 def verify(file: Path, specs: Mapping[str, Spec], checksums: Mapping[str, int]) -> None:
     """Read a shard back; raise CheckpointError unless it holds exactly what was written."""
-    stored = {}
-    with safe_open(file, framework="pt") as shard:
-        for name in shard.keys():  # noqa: SIM118 (a shard is no mapping)
-            part = shard.get_slice(name)
-            stored[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+    try:
+        stored = headers(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} reads back other than it was written: {error}") from error
     told = {name: Spec(have.dtype, have.shape) for name, have in stored.items()}
     if told != dict(specs):
         raise CheckpointError(f"{file} does not announce the tensors that were written to it")
