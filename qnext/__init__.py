@@ -26,7 +26,10 @@ from qnext.functional.model import forward as forward
 from qnext.functional.model import prefill as prefill
 from qnext.functional.mtp import mtp as mtp
 from qnext.functional.params import Params as Params
+from qnext.functional.params import Quantized as Quantized
 from qnext.functional.params import init_params as init_params
+from qnext.functional.quantize import dequantize as dequantize
+from qnext.functional.quantize import quantize as quantize
 from qnext.functional.sampling import Sampling as Sampling
 from qnext.functional.sampling import knobs as knobs
 from qnext.functional.sampling import sample as sample

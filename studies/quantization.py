@@ -112,14 +112,14 @@ def answers(params: Params, problems: int | None) -> dict[str, Any]:
 def plot(layers: dict[str, list[float]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, panel = plt.subplots(figsize=(7, 3.4))
+    figure, panel = plt.subplots(figsize=(9, 3.4))
     for name, values in layers.items():
         panel.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=name)
     count = len(next(iter(layers.values())))
     panel.set_xticks(range(1, count + 1), [*map(str, range(1, count)), "logits"])
-    panel.set(xlabel="after layer", ylabel="relative RMS error", yscale="log")
+    panel.set(xlabel="after layer", ylabel="relative RMS error", yscale="log", ylim=(1e-3, 1e-1))
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=7)
+    panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
@@ -26,9 +27,15 @@ class Cost(NamedTuple):
     bytes: int
     launches: int
 
-    def seconds(self, chip: Chip) -> float:
+    def seconds(self, chip: Chip, int8: bool = False) -> float:
         """The least time on a chip: its arithmetic or its memory, whichever is slower."""
-        return max(self.flops / chip.bf16_flops, self.bytes / chip.bytes_per_second)
+        rate = chip.int8_ops if int8 else chip.bf16_flops
+        return max(self.flops / rate, self.bytes / chip.bytes_per_second)
+
+
+def works_on_int8(node: Node) -> bool:
+    """Whether a site's operations are those of int8, counted like floating ones: two a product."""
+    return any(t.dtype == torch.int8 for n in node.all_input_nodes for t in tensors(value(n)))
 
 
 def cost_of(node: Node) -> Cost:
@@ -81,7 +88,7 @@ def analyse(graph: Graph, chip: Chip | None) -> dict[str, Any]:
                 "site": site_name(node),
                 "part": owner[node],
                 **cost._asdict(),
-                "seconds_at_roofline": cost.seconds(chip) if chip else None,
+                "seconds_at_roofline": cost.seconds(chip, works_on_int8(node)) if chip else None,
             }
         )
     by_part = _grouped(by_site, "part")

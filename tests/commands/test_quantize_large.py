@@ -24,12 +24,12 @@ import qnext as qn
 from qnext.convert import Summary, convert
 from qnext.embedded import MODEL
 from qnext.functional.checkpoint.read import examine
-from qnext.functional.checkpoint.shards import DTYPES, write_json
-from qnext.functional.checkpoint.stream import ShardWriter, Spec, rows_at_once, verify
-from qnext.functional.layout import layout
+from qnext.functional.checkpoint.shards import DTYPES
+from qnext.functional.checkpoint.stream import ShardWriter, Spec, verify
 from qnext.functional.params import empty_params, matrices
 from qnext.functional.quantize import kept_paths, quantize_rows
 from qnext.functional.tree import nbytes
+from tests.large import generate, large_config, large_specs, size
 from tests.samples import spec
 from tests.stored import INDEX
 
@@ -269,7 +269,6 @@ def test_another_conversion_does_not_go_on_with_it(
 
 # --- memory ------------------------------------------------------------------------------------
 
-SHARD = 4_000_000_000  # bytes a file, as published
 PEAK = """
 import sys
 from qnext.cli import main
@@ -278,54 +277,6 @@ line = next(l for l in open("/proc/self/status") if l.startswith("VmHWM"))
 print(1024 * int(line.split()[1]))
 sys.exit(status)
 """
-
-
-def large_config(layers: int) -> qn.Config:
-    """Layers of Qwen3-Next-80B-A3B: its widths are the defaults."""
-    config = qn.Config.from_hf({"num_hidden_layers": layers})
-    return config.with_precision(compute=torch.bfloat16)
-
-
-def large_specs(config: qn.Config) -> dict[str, Spec]:
-    """The tensors of a published checkpoint."""
-    pieces = [piece for entry in layout(config) for piece in entry.ways[0]]
-    return {p.name: Spec("F32" if "A_log" in p.name else "BF16", p.shape) for p in pieces}
-
-
-def size(specs: Mapping[str, Spec]) -> int:
-    return sum(each.nbytes for each in specs.values())
-
-
-def generate(path: Path, config: qn.Config) -> None:
-    """A large checkpoint of random values, in shards, with little in memory at a time."""
-    path.mkdir()
-    shards: list[dict[str, Spec]] = [{}]
-    for name, each in large_specs(config).items():
-        if size(shards[-1]) + each.nbytes > SHARD:
-            shards.append({})
-        shards[-1][name] = each
-    where, block, at = dict[str, str](), torch.randn(5_000_000).bfloat16(), random.Random(0)
-    for i, specs in enumerate(shards):
-        file = path / f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        writer = ShardWriter(file, specs)
-        for name, each in specs.items():
-            for rows in random_rows(each, block, at):
-                writer.write(name, rows)
-        writer.close()
-        where |= dict.fromkeys(specs, file.name)
-    write_json(path / INDEX, {"weight_map": where})
-    write_json(path / "config.json", config.to_hf())
-
-
-def random_rows(each: Spec, block: Tensor, at: random.Random) -> Iterator[Tensor]:
-    """Rows cut from one random block, each run at another place and with another scale."""
-    step = rows_at_once(each.nbytes // each.shape[0])
-    for begin in range(0, each.shape[0], step):
-        shape = (min(step, each.shape[0] - begin), *each.shape[1:])
-        length = torch.Size(shape).numel()
-        first = at.randrange(len(block) - length)
-        rows = block[first : first + length].view(shape) * at.uniform(0.01, 0.1)
-        yield rows.float() if each.dtype == "F32" else rows
 
 
 @pytest.fixture
@@ -337,7 +288,8 @@ def large(tmp_path: Path) -> Iterator[tuple[Path, qn.Config]]:
         pytest.skip(f"two layers and their conversion do not fit into {free / 1e9:.0f} GB")
     config = large_config(fit[-1])
     try:
-        generate(tmp_path / "src", config)
+        at = random.Random(0)
+        generate(tmp_path / "src", config, lambda name: at.uniform(0.01, 0.1))
         yield tmp_path / "src", config
     finally:
         shutil.rmtree(tmp_path)  # pytest would keep it

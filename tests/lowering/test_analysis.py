@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 import qnext as qn
+from qnext.functional.quantize import quantize
 from tests.samples import spec
 
 
@@ -59,3 +60,16 @@ def test_text_has_a_line_a_site_under_its_part() -> None:
     assert [line[1:4] for line in rules] == [["delta_rule", "[3,1,6,14]f32", "reference"]] * 3
     assert len(lines) - len(headings) == lowered.cost_analysis()["launches"]
     assert "    3  delta_rule: reference (reference has no rules)" in lowered.report()
+
+
+def test_products_of_int8_run_at_their_own_rate() -> None:
+    """A prefill of 80B's widths, long enough for its products to wait for arithmetic."""
+    config = qn.Config.from_hf({"num_hidden_layers": 1}).with_precision(compute=torch.bfloat16)
+    params, *rest = qn.specs(config, 8, 4096, seq=4096)
+    step = qn.jit(qn.prefill).trace(quantize(params), *rest).lower("npu:910b")
+    chip = step.target.chip
+    assert chip is not None and chip.int8_ops > chip.bf16_flops
+    sites = {site["node"]: site for site in step.cost_analysis()["by_site"]}
+    products = sites["npu_quant_matmul"]
+    assert products["seconds_at_roofline"] == products["flops"] / chip.int8_ops
+    assert products["flops"] == 2 * 8 * 4096 * 2048 * (2 * 2048 + 2 * 4096)  # q, k, v and z
