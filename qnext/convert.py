@@ -30,16 +30,8 @@ from qnext.functional.quantize import CHOICES, dequantize, kept_paths, quantize_
 from qnext.functional.scheme import quantization_config
 
 JOURNAL, BEGUN = ".quantize", "source.json"  # what is done while not all is, and of what
-REPLACED = (
-    ".safetensors",
-    INDEX,
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".gguf",
-    DESCRIPTION,
-)  # not copied
+# how files end that are not copied: weights, and what is said of them
+REPLACED = (".safetensors", INDEX, ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", DESCRIPTION)
 SPARE = 64 << 20  # bytes that must stay free beside the weights: config, tokenizer, journal
 
 

@@ -1,5 +1,6 @@
 """Checkpoints read and written without qnext, to compare with."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -39,3 +40,10 @@ def assert_same(got: qn.Params, want: qn.Params) -> None:
     assert got.config == want.config
     for (path, a), (_, b) in zip(leaves_with_paths(got), leaves_with_paths(want), strict=True):
         assert a.dtype == b.dtype and a.equal(b), path
+
+
+def files(path: Path) -> dict[str, str]:
+    """All that is in a directory, hidden things too; digests, so that a difference prints well."""
+    found = {str(f.relative_to(path)): f for f in path.rglob("*")}
+    held = {name: f.read_bytes() if f.is_file() else b"" for name, f in found.items()}
+    return {name: hashlib.sha256(data).hexdigest() for name, data in held.items()}

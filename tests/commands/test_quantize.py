@@ -1,6 +1,5 @@
 """The streaming quantiser: the integers of `quantize`, and nothing half-done under a final name."""
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -22,16 +21,9 @@ from qnext.functional.layout import layout
 from qnext.functional.quantize import PUBLIC_CONVERTER, quantize
 from qnext.functional.tree import leaves_with_paths, map_leaves
 from tests.samples import spec
-from tests.stored import INDEX, SINGLE, Tensors, assert_same, read, write
+from tests.stored import INDEX, SINGLE, Tensors, assert_same, files, read, write
 
 PUBLISHED, IN_TWO, IN_FOUR = range(3)  # projections of the delta rule; all but the first stack
-
-
-def files(path: Path) -> dict[str, str]:
-    """All that is in a directory, hidden things too; digests, so that a difference prints well."""
-    found = {str(f.relative_to(path)): f for f in path.rglob("*")}
-    held = {name: f.read_bytes() if f.is_file() else b"" for name, f in found.items()}
-    return {name: hashlib.sha256(data).hexdigest() for name, data in held.items()}
 
 
 def stored_as(params: qn.Params, way: int) -> Tensors:

@@ -1,6 +1,5 @@
 """Checkpoints larger than memory: written by rows, gone on with when cut off, in a small space."""
 
-import hashlib
 import json
 import os
 import random
@@ -31,7 +30,7 @@ from qnext.functional.quantize import kept_paths, quantize_rows
 from qnext.functional.tree import nbytes
 from tests.large import generate, large_config, large_specs, size
 from tests.samples import spec
-from tests.stored import INDEX
+from tests.stored import INDEX, files
 
 # --- shards written by rows --------------------------------------------------------------------
 
@@ -85,13 +84,6 @@ def test_rows_must_be_as_many_as_announced(tmp_path: Path, rows: int) -> None:
 
 
 # --- cut off, and gone on with -----------------------------------------------------------------
-
-
-def files(path: Path) -> dict[str, str]:
-    """All that is in a directory, hidden things too; digests, so that a difference prints well."""
-    found = {str(f.relative_to(path)): f for f in path.rglob("*")}
-    held = {name: f.read_bytes() if f.is_file() else b"" for name, f in found.items()}
-    return {name: hashlib.sha256(data).hexdigest() for name, data in held.items()}
 
 
 @pytest.fixture(scope="module")
