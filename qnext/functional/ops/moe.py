@@ -58,7 +58,7 @@ def _expert_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
         }
 
 
-def _expert_bytes(*, x: Tensor, expert: Tensor, gate_up: Tensor, down: Tensor, **_: Any) -> int:
+def expert_bytes(*, x: Tensor, expert: Tensor, gate_up: Tensor, down: Tensor, **_: Any) -> int:
     """Each expert that can be hit is read once."""
     hit = min(expert.numel(), gate_up.shape[0])
     return 2 * x.nbytes + hit * (gate_up.nbytes + down.nbytes) // gate_up.shape[0]
@@ -69,7 +69,7 @@ def _expert_bytes(*, x: Tensor, expert: Tensor, gate_up: Tensor, down: Tensor, *
     flops=lambda *, expert, gate_up, down, **_: (
         2 * expert.numel() * (gate_up[0].numel() + down[0].numel())
     ),
-    bytes=_expert_bytes,
+    bytes=expert_bytes,
     tolerance=SUMS,
     samples=_expert_samples,
 )

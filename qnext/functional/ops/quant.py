@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 from torch.nn.functional import linear
 
-from qnext.functional.ops.moe import swiglu
+from qnext.functional.ops.moe import expert_bytes, swiglu
 from qnext.functional.ops.primitive import primitive
 from qnext.functional.ops.tolerance import ROUNDS_ONCE, SUMS, randn, wide
 
@@ -120,18 +120,12 @@ def _expert_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
         }
 
 
-def _expert_bytes(*, x: Tensor, expert: Tensor, gate_up: Tensor, down: Tensor, **_: Any) -> int:
-    """Each expert that can be hit is read once."""
-    hit = min(expert.numel(), gate_up.shape[0])
-    return 2 * x.nbytes + hit * (gate_up.nbytes + down.nbytes) // gate_up.shape[0]
-
-
 @primitive(
     shapes=lambda *, x, **_: torch.empty_like(x),
     flops=lambda *, expert, gate_up, down, **_: (
         2 * expert.numel() * (gate_up[0].numel() + down[0].numel())
     ),
-    bytes=_expert_bytes,
+    bytes=expert_bytes,
     tolerance=SUMS,
     samples=_expert_samples,
 )

@@ -14,8 +14,6 @@ from qnext.lowering.npu.patterns import (
 )
 from qnext.lowering.rules import Match, whole
 
-VIEWS = {"flatten", "view", "unflatten", "alias"}
-
 
 def normed_tokens(node: Node) -> Match | None:
     """quantize_tokens(rms_norm(x + residual)), where nothing else reads the norm."""
