@@ -92,6 +92,70 @@ def record(function: Callable[..., Any], inputs: list[Tensor]) -> GraphModule:
     return make_fx(function, pre_dispatch=True)(*inputs)
 
 
+class Template:
+    """The structure of a tree, for trees like it that come with every call.
+
+    Plain recursion over tuples: the library's own walk, which must know every kind of node, takes
+    milliseconds for a model, as long as a step of it.
+    """
+
+    def __init__(self, tree: object, fits: Callable[[Any], Callable[[Any], bool]]) -> None:
+        """`fits(leaf)` is asked once, and tells of others whether they may be in its place."""
+        self._take, self._make = _template(tree, fits)
+
+    def leaves(self, tree: object) -> list[Any] | None:
+        """The leaves of a tree of this structure; None where it is another, or a leaf is."""
+        found: list[Any] = []
+        return found if self._take(tree, found) else None
+
+    def rebuild(self, new_leaves: list[Any]) -> Any:
+        """A tree of this structure with other leaves."""
+        return self._make(iter(new_leaves))
+
+
+def _template(
+    tree: Any, fits: Callable[[Any], Callable[[Any], bool]]
+) -> tuple[Callable[[Any, list[Any]], bool], Callable[[Any], Any]]:
+    """How to take the leaves of a tree like this one, and how to make one of leaves."""
+    if isinstance(tree, tuple):
+        kind, parts = type(tree), [_template(part, fits) for part in tree]
+
+        def take_tuple(other: Any, found: list[Any]) -> bool:
+            if type(other) is not kind or len(other) != len(parts):
+                return False
+            return all(take(part, found) for (take, _), part in zip(parts, other, strict=True))
+
+        def make_tuple(new: Any) -> Any:
+            made = (make(new) for _, make in parts)
+            return tuple(made) if kind is tuple else kind(*made)
+
+        return take_tuple, make_tuple
+    mine = leaves(tree)
+    checks = [fits(leaf) for leaf in mine]
+    if len(mine) == 1 and mine[0] is tree:
+
+        def take_leaf(other: Any, found: list[Any]) -> bool:
+            found.append(other)
+            return checks[0](other)
+
+        return take_leaf, next
+
+    def take_other(other: Any, found: list[Any]) -> bool:  # a constant, a list, a dict
+        theirs = leaves(other)
+        found += theirs
+        alike = other is tree or same_structure(tree, other)
+        return alike and all(check(leaf) for check, leaf in zip(checks, theirs, strict=True))
+
+    return take_other, lambda new: rebuild(tree, [next(new) for _ in mine])
+
+
+def is_frozen(tree: object) -> bool:
+    """Whether a tree's nodes are tuples and constants: the same object then has the same leaves."""
+    if isinstance(tree, tuple):
+        return all(map(is_frozen, tree))
+    return not isinstance(tree, list | dict)
+
+
 def give_up(tensor: Tensor, to: str) -> None:
     """Mark a tensor object as donated to the named function; see `given_up_to`."""
     tensor.donated_to = to  # type: ignore[attr-defined]

@@ -1,7 +1,8 @@
 """A compiled step: a callable for exactly the trees, shapes and dtypes it was made for."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qnext.errors import LoweringError, donated
-from qnext.functional.tree import give_up, given_up_to, leaves, rebuild, same_structure
+from qnext.functional.tree import (
+    Template,
+    give_up,
+    given_up_to,
+    is_frozen,
+    leaves,
+    same_structure,
+)
 from qnext.lowering.host import checked
 from qnext.lowering.trace import bind, named_leaves
 
@@ -32,8 +40,12 @@ class Compiled:
         self.lowered, self.trace, self.donate = lowered, lowered.trace, lowered.donate
         self.graph, self._prepare = graph, prepare
         self._weights = _inputs_used(prepare) if prepare else []
-        self._bound: list[Tensor] = []  # the weights that constants were made of
-        self._constants: tuple[Tensor, ...] = ()
+        fits = self._fits
+        self._trees = {name: Template(tree, fits) for name, tree in self.trace.arguments.items()}
+        self._result = Template(self.trace.result, fits)
+        self._seen: dict[str, tuple[Any, list[Any]]] = {}  # weights that fit, and their leaves
+        # the weights that constants were made of, and the constants
+        self._packed: tuple[list[Tensor], tuple[Tensor, ...]] = [], ()
 
     def __call__(self, *args: Any, host: Host = None, **kwargs: Any) -> Any:
         arguments = bind(self.trace.function, args, kwargs)
@@ -71,6 +83,8 @@ class Compiled:
 
     def differences(self, arguments: dict[str, Any]) -> list[str]:
         """What keeps arguments from being those it was compiled for, a line each."""
+        if self._fitting(arguments) is not None:
+            return []
         wanted, given = dict(named_leaves(self.trace.arguments)), dict(named_leaves(arguments))
         wrong = [f"{path} is missing" for path in wanted if path not in given]
         wrong += [f"{path} is unexpected" for path in given if path not in wanted]
@@ -84,6 +98,37 @@ class Compiled:
         if not wrong and not same_structure(arguments, self.trace.arguments):
             wrong.append("a constant of the trees differs, such as params.config")
         return wrong or self._elsewhere(given)
+
+    def _fitting(self, arguments: dict[str, Any]) -> dict[str, list[Any]] | None:
+        """The leaves of arguments by name; None if they are not what it was compiled for."""
+        if arguments.keys() != self._trees.keys():
+            return None
+        found: dict[str, list[Any]] = {}
+        for name, tree in arguments.items():
+            seen = self._seen.get(name)
+            if seen and seen[0] is tree:
+                found[name] = seen[1]
+                continue
+            mine = self._trees[name].leaves(tree)
+            if mine is None:
+                return None
+            if name in self.lowered.weights and is_frozen(tree):
+                self._seen[name] = tree, mine
+            found[name] = mine
+        return found
+
+    def _fits(self, want: Any) -> Callable[[Any], bool]:
+        """What an argument in the place of a traced one must be."""
+        if not isinstance(want, Tensor):
+            return lambda got: type(got) is type(want) and bool(got == want)
+        shape, dtype, kind = want.shape, want.dtype, self.lowered.target.kind
+
+        def check(got: Any) -> bool:
+            if not isinstance(got, Tensor) or got.shape != shape or got.dtype != dtype:
+                return False
+            return kind == "reference" or got.device.type == kind
+
+        return check
 
     def _elsewhere(self, given: dict[str, Any]) -> list[str]:
         """Tensors that are not on the target's device."""
@@ -108,28 +153,32 @@ class Compiled:
 
     def take(self, arguments: dict[str, Any]) -> list[Tensor]:
         """The tensors of arguments, in the graph's order; DonatedError if one was given away."""
-        given = [(path, leaf) for path, leaf in named_leaves(arguments) if isinstance(leaf, Tensor)]
-        for path, leaf in given:
-            if taker := given_up_to(leaf):
-                raise donated(path, taker)
-        return [leaf for _, leaf in given]
+        fitting = self._fitting(arguments)
+        found = leaves(arguments) if fitting is None else chain(*fitting.values())
+        given = [leaf for leaf in found if isinstance(leaf, Tensor)]
+        if any(map(given_up_to, given)):
+            path, leaf = next(pair for pair in named_leaves(arguments) if given_up_to(pair[1]))
+            raise donated(path, given_up_to(leaf))
+        return given
 
     def give(self, arguments: dict[str, Any], results: list[Tensor]) -> Any:
         """The result's tree; the donated arguments are given up with it."""
+        fitting = self._fitting(arguments) or {}
         for name in self.donate:
-            for leaf in leaves(arguments[name]):
+            for leaf in fitting.get(name) or leaves(arguments[name]):
                 give_up(leaf, self.trace.name)
-        return rebuild(self.trace.result, results)
+        return self._result.rebuild(results)
 
     def packed(self, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The constants of these weights, computed when other weights come."""
         if self._prepare is None:
             return ()
-        weights = [given[i] for i in self._weights]
-        same = len(weights) == len(self._bound) and all(map(operator.is_, weights, self._bound))
-        if not same or (not weights and not self._constants):
-            self._constants, self._bound = tuple(self._prepare(*given)), weights
-        return self._constants
+        weights, (bound, constants) = [given[i] for i in self._weights], self._packed
+        same = len(weights) == len(bound) and all(map(operator.is_, weights, bound))
+        if not same or (not weights and not constants):
+            constants = tuple(self._prepare(*given))
+            self._packed = weights, constants
+        return constants
 
 
 def _inputs_used(graph: GraphModule) -> list[int]:

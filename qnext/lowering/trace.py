@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -86,10 +87,16 @@ def _alike(tree: Any, other: Any) -> bool:
 
 def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
     """Arguments by the names of the function's parameters."""
+    signature = _signature(function)
     try:
-        return dict(inspect.signature(function).bind_partial(*args, **kwargs).arguments)
+        return dict(signature.bind_partial(*args, **kwargs).arguments)
     except TypeError as error:
-        raise LoweringError(f"{function.__name__}{inspect.signature(function)}: {error}") from None
+        raise LoweringError(f"{function.__name__}{signature}: {error}") from None
+
+
+@lru_cache(maxsize=64)  # asked anew with every step otherwise
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def paths(tree: Any, root: str) -> list[tuple[str, Any]]:
