@@ -98,9 +98,10 @@ def decode_bytes(params: qn.Params, batch: int) -> float:
     config = params.config
     every = sum(leaf.nbytes for leaf in leaves(params)) - params.embed.nbytes
     experts = sum(
-        layer.ffn.gate_up.nbytes + layer.ffn.down.nbytes
+        leaf.nbytes  # of a matrix, or of its integers and scales
         for layer, moe in zip(params.layers, config.is_moe, strict=True)
         if moe
+        for leaf in leaves((layer.ffn.gate_up, layer.ffn.down))
     )
     hit = min(batch * config.num_experts_per_tok, config.num_experts) / config.num_experts
     state = qn.init_state(config, 1, 1)

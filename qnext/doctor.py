@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qnext.errors import TargetError
+from qnext.lowering.cpu import build
 from qnext.lowering.npu import probe
 from qnext.lowering.target import NPUS, TARGETS, of_device
 
@@ -31,6 +32,7 @@ def examine() -> dict[str, Any]:
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "compiler": build.compiler_here(),
         "torch_npu": probe.installed_version(),
         "cann": None,
         "device": None,
@@ -62,6 +64,7 @@ def report(found: dict[str, Any]) -> str:
     lines = [
         ("python", found["python"]),
         ("torch", found["torch"]),
+        ("C++ compiler", found["compiler"] or "none: target 'cpu' runs on the reference"),
         ("torch_npu", found["torch_npu"] or "absent"),
         ("CANN", found["cann"] or "not found"),
         ("device", found["device"] or "none"),

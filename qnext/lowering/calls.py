@@ -65,19 +65,25 @@ def call(
 
     def define(run: Callable[..., Any]) -> Callable[..., Any]:
         name = run.__name__
-
-        def kernel(**arguments: Any) -> Any:
-            faked = any(is_fake(value) for value in arguments.values())
-            return shapes(**arguments) if faked and not is_tracing() else run(**arguments)
-
-        _LIBRARY.define(name + _schema(run))
-        _LIBRARY.impl(name, kernel, "CompositeImplicitAutograd")
-        CALLS[name] = Call(name, page, run, shapes, writes, flops, bytes, launches, host)
-        operator = getattr(getattr(torch.ops, NAMESPACE), name)
-        operator.__doc__ = run.__doc__
-        return operator
+        record = Call(name, page, run, shapes, writes, flops, bytes, launches, host)
+        return register(record, _schema(run))
 
     return define
+
+
+def register(record: Call, schema: str) -> Callable[..., Any]:
+    """Make a call an operator of torch's; `schema` is what follows its name."""
+
+    def kernel(**arguments: Any) -> Any:
+        faked = any(is_fake(value) for value in arguments.values())
+        return (record.shapes if faked and not is_tracing() else record.run)(**arguments)
+
+    _LIBRARY.define(record.name + schema)
+    _LIBRARY.impl(record.name, kernel, "CompositeImplicitAutograd")
+    CALLS[record.name] = record
+    operator = getattr(getattr(torch.ops, NAMESPACE), record.name)
+    operator.__doc__ = record.run.__doc__
+    return operator
 
 
 def call_of(node: Node) -> Call | None:

@@ -162,5 +162,6 @@ def on_device(graph: Graph, device: torch.device) -> None:
                 moved = graph.call_function(
                     torch.ops.aten._to_copy.default, (node,), {"device": device}
                 )
+            moved.meta["val"] = value(node)  # of its shape, wherever it is
             for user in bound:
                 user.replace_input_with(node, moved)

@@ -9,6 +9,7 @@ A trace and a lowered step need neither weights nor a device.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Collection
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from qnext.errors import LoweringError
+from qnext.errors import LoweringError, TargetError
 from qnext.lowering import text
 from qnext.lowering.calls import CALLS, call_of
 from qnext.lowering.compiled import Compiled
@@ -138,7 +139,7 @@ class Traced:
             writes = settle(graph.graph, self.donate, _writes, _copy)
         verify(graph.graph)
         graph.recompile()
-        parts = (graph, prepare, verdicts, writes, host)
+        parts = (graph, prepare, verdicts, writes, host, strict or bool(require))
         return Lowered(self.trace, self.donate, self.weights, target, *parts)
 
 
@@ -161,6 +162,10 @@ def rules_of(target: Target) -> tuple[tuple[Rule, ...], tuple[Callable[[Graph], 
         from qnext.lowering.npu.table import PASSES, RULES
 
         return RULES, PASSES
+    if target.kind == "cpu":
+        from qnext.lowering.cpu import table
+
+        return table.RULES, table.PASSES
     return (), ()
 
 
@@ -188,6 +193,7 @@ class Lowered:
     verdicts: dict[Node, Verdict]
     writes: list[Write]
     host: tuple[HostArgument, ...]  # what the step takes from the host beside its arguments
+    strict: bool  # some primitive was demanded to be lowered
 
     def as_text(self) -> str:
         """One line a site: what it is, what it became, or why no rule took it."""
@@ -208,15 +214,30 @@ class Lowered:
     def compile(self) -> Compiled:
         """A callable for exactly these trees, shapes and dtypes.
 
-        Raises TargetError where torch_npu, CANN or the target's chip is absent.
+        Raises TargetError where torch_npu, CANN or the target's chip is absent. Where the kernels
+        of target "cpu" cannot be compiled, a warning says why and the step runs on the reference,
+        as `compiled.lowered` tells; lowered with `strict` or `require`, that is a TargetError too.
         """
         if self.target.kind == "npu":
             from qnext.lowering.npu.probe import check_chip, require_torch_npu
 
             require_torch_npu()
             check_chip(self.target)
+        if self.target.kind == "cpu":
+            from qnext.lowering.cpu import library
+
+            try:
+                library.load(self.target.facts.isa)
+            except TargetError as error:
+                return self._on_reference(error)
         prepare = self.prepare if self.prepare is None else self._placed(self.prepare)
         return Compiled(self, self._placed(self.graph), prepare)
+
+    def _on_reference(self, error: TargetError) -> Compiled:
+        if self.strict:
+            raise error
+        warnings.warn(f"{error}\nUntil then {self.trace.name} runs on the reference.", stacklevel=3)
+        return Traced(self.trace, self.donate, self.weights).lower("reference").compile()
 
     def _placed(self, module: GraphModule) -> GraphModule:
         """The graph on the target's device; this one stays as it is."""
@@ -224,5 +245,9 @@ class Lowered:
             return module
         module = deepcopy(module)
         on_device(module.graph, torch.device(self.target.kind))
+        if self.target.kind == "cpu":
+            from qnext.lowering.cpu.program import fuse
+
+            fuse(module, self.weights, self.target.facts.isa)
         module.recompile()
         return module

@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 from qnext.errors import TargetError
 
 GIB = 1 << 30
-CUSTOM_CONVS = (None, "sgl", "vllm")
+# facts that are one of a few values
+CHOICES = {"custom_conv": (None, "sgl", "vllm"), "isa": ("native", "avx2", "portable")}
 
 
 class Facts(NamedTuple):
@@ -57,6 +58,14 @@ class Facts(NamedTuple):
     grouped_swiglu_columns: int = 10240
     # calls that rules use and the installed torch_npu lacks, by name; the probe fills it
     missing: tuple[str, ...] = ()
+
+
+class CpuFacts(NamedTuple):
+    """What the kernels of the `cpu` target are compiled for."""
+
+    # instructions they may use: all of this machine's, AVX2 at most, or none beyond the platform's
+    # common ones. Results of integers are equal, those of floats are within their tolerances
+    isa: Literal["native", "avx2", "portable"] = "native"
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,7 @@ A950 = Chip(
 
 
 DEFAULTS = Facts()
+KERNELS = CpuFacts()
 
 
 @dataclass(frozen=True)
@@ -128,9 +138,9 @@ class Target:
     """Where a lowered step runs; equal targets give equal lowerings."""
 
     name: str
-    kind: Literal["reference", "npu"]
-    chip: Chip | None = None  # None: the reference, which has no chip
-    facts: Facts = DEFAULTS
+    kind: Literal["reference", "npu", "cpu"]
+    chip: Chip | None = None  # None: of the machine at hand, whose figures we do not know
+    facts: Any = DEFAULTS  # Facts; CpuFacts where the kind is "cpu"
     host_lengths: bool = False  # a choice: attention reads exact lengths, arguments from the host
 
     def with_facts(self, **facts: Any) -> "Target":
@@ -138,15 +148,15 @@ class Target:
         if facts and self.kind == "reference":
             raise TargetError(
                 f"target {self.name!r} has no facts to set, got {', '.join(sorted(facts))}: "
-                f"give them to one of {_listed(NPUS)}"
+                f"give them to one of {_listed(n for n in TARGETS if n != self.name)}"
             )
         for fact, value in facts.items():
-            _check_fact(fact, value)
+            _check_fact(type(self.facts), fact, value)
         return replace(self, facts=self.facts._replace(**facts))
 
     def lacks(self, call: str) -> str | None:
         """Why a rule cannot emit a torch_npu call here, or None."""
-        if call in self.facts.missing:
+        if self.kind == "npu" and call in self.facts.missing:
             return f"the installed torch_npu has no {call}"
         return None
 
@@ -155,6 +165,7 @@ TARGETS = {
     target.name: target
     for target in (
         Target("reference", "reference"),
+        Target("cpu", "cpu", facts=KERNELS),
         Target("npu:910b", "npu", A2),
         Target("npu:a3", "npu", A3),
         Target("npu:950", "npu", A950, Facts(state_float32=True, chunk_state_float32=True)),
@@ -181,12 +192,12 @@ def of_device(device: str) -> Target | None:
     return None
 
 
-def _check_fact(fact: str, value: Any) -> None:
-    if fact not in Facts._fields:
-        raise TargetError(f"unknown fact {fact!r}: known are {_listed(Facts._fields)}")
-    default = Facts._field_defaults[fact]
-    if fact == "custom_conv":
-        good, rule = value in CUSTOM_CONVS, f"one of {CUSTOM_CONVS}"
+def _check_fact(kind: Any, fact: str, value: Any) -> None:
+    if fact not in kind._fields:
+        raise TargetError(f"unknown fact {fact!r}: known are {_listed(kind._fields)}")
+    default = kind._field_defaults[fact]
+    if fact in CHOICES:
+        good, rule = value in CHOICES[fact], f"one of {CHOICES[fact]}"
     elif fact == "missing":
         good = isinstance(value, tuple) and all(isinstance(call, str) for call in value)
         rule = "a tuple of names of calls"

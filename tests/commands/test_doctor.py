@@ -31,6 +31,17 @@ def test_without_torch_npu(
     assert f"{'state_float32':<20} ?      not probed; lowering assumes yes on npu:950" in out
 
 
+def test_the_compiler_of_target_cpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/opt/{name}" if name == "c++" else None)
+    assert main(["doctor"]) == 0
+    assert f"{'C++ compiler':<20} /opt/c++\n" in capsys.readouterr().out
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert main(["doctor"]) == 0
+    assert "none: target 'cpu' runs on the reference" in capsys.readouterr().out
+
+
 def test_without_cann(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,11 +11,11 @@ import torch
 from qnext.errors import QnextError, TargetError
 from qnext.functional.ops import short_conv
 from qnext.lowering.npu import custom, probe
-from qnext.lowering.target import NPUS, TARGETS, Facts, of_device, resolve
+from qnext.lowering.target import NPUS, TARGETS, CpuFacts, Facts, of_device, resolve
 
 
 def test_names() -> None:
-    assert tuple(TARGETS) == ("reference", "npu:910b", "npu:a3", "npu:950")
+    assert tuple(TARGETS) == ("reference", "cpu", "npu:910b", "npu:a3", "npu:950")
     for name, target in TARGETS.items():
         assert resolve(name) is target or resolve(name) == target
         assert target.name == name and (target.kind == "npu") == (target.chip is not None)
@@ -23,7 +23,9 @@ def test_names() -> None:
 
 
 def test_unknown_target_lists_the_known() -> None:
-    with pytest.raises(TargetError, match=r"unknown target 'npu:910c': known are 'reference', 'n"):
+    with pytest.raises(
+        TargetError, match=r"unknown target 'npu:910c': known are 'reference', 'cpu', 'npu:"
+    ):
         resolve("npu:910c")
     assert issubclass(TargetError, QnextError)
 
@@ -83,6 +85,34 @@ def test_wrong_facts_are_refused(facts: dict[str, Any], message: str) -> None:
         resolve("npu:910b", **facts)
 
 
+@pytest.mark.parametrize("isa", ["native", "avx2", "portable"])
+def test_the_cpu_has_one_fact(isa: Any) -> None:
+    target = resolve("cpu", isa=isa)
+    assert (target.name, target.kind, target.chip) == ("cpu", "cpu", None)
+    assert target.facts == CpuFacts(isa) and (target == resolve("cpu")) == (isa == "native")
+    assert target.lacks("npu_mrope") is None  # it has none of these calls, and needs none
+
+
+@pytest.mark.parametrize(
+    "name, facts, message",
+    [
+        ("cpu", {"simd": "avx2"}, r"^unknown fact 'simd': known are 'isa'$"),
+        ("cpu", {"isa": "avx512"}, r"^fact isa is 'avx512', must be one of \('native', 'avx2', "),
+        ("cpu", {"isa": None}, r"^fact isa is None, must be one of \('native', 'avx2', 'portable'"),
+        ("cpu", {"custom_conv": "sgl"}, r"^unknown fact 'custom_conv': known are 'isa'$"),
+        ("npu:a3", {"isa": "native"}, r"^unknown fact 'isa': known are 'attention_tnd_256', "),
+        (
+            "reference",
+            {"isa": "native"},
+            r"has no facts to set, got isa: give them to one of 'cpu'",
+        ),
+    ],
+)
+def test_facts_of_another_kind_are_refused(name: str, facts: dict[str, Any], message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        resolve(name, **facts)
+
+
 def test_the_reference_has_no_facts() -> None:
     with pytest.raises(TargetError, match=r"'reference' has no facts to set, got custom_conv: gi"):
         resolve("reference", custom_conv="sgl")
@@ -133,7 +163,8 @@ def test_torch_npu_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TargetError, match=message):
         probe.check_chip(resolve("npu:a3"))
     assert probe.require_call("npu_mrope") == probe.NEEDS_EXTRA
-    probe.check_chip(resolve("reference"))  # has no chip to check
+    for name in ("reference", "cpu"):
+        probe.check_chip(resolve(name))  # has no chip to check
 
 
 @pytest.mark.parametrize("kind", ["ImportError", "OSError"])

@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "qnext.convert": {"filelock", "torch", "tqdm", "qnext.errors", "qnext.functional"},
     "qnext.lowering": LOWERING,
     "qnext.lowering.npu": LOWERING | {"torch_npu"},
+    "qnext.lowering.cpu": LOWERING | {"filelock", "platformdirs", "tqdm"},
     "qnext.lowering.softnpu": {"torch", "torch_npu", "qnext.lowering.softnpu"},
     "qnext.runtime": {"torch", "tqdm", "qnext.errors", "qnext.functional", "qnext.lowering"},
     "qnext.doctor": {"torch", "qnext.errors", "qnext.lowering"},

@@ -1,0 +1,1 @@
+"""This machine: kernels in C++, compiled once, and programs of them without Python in between."""

@@ -1,0 +1,188 @@
+// The recurrence of a delta-net layer: short convolution, gates, gated delta rule.
+#include <algorithm>
+#include <vector>
+
+#include "vector.h"
+
+namespace qnext {
+
+constexpr int64_t CHANNELS = 256;  // of the convolution, that one task takes
+constexpr int64_t STATE_ROWS = 64;  // of a head's state, that one task carries through time
+
+// short_conv(x [batch, seq, conv], weight [conv, width], window [rows, window, conv], rows, offset,
+// start [batch]) -> y, window in place
+static int64_t conv_tasks(const Call& c, int64_t phase) {
+  return phase ? DONE : ceil_div(c[0].size[2], CHANNELS);
+}
+
+template <class X>
+static void conv_row(const Call& c, int64_t b, Span channels, const std::vector<float>& taps_first) {
+  const Tensor &x = c[0], &window = c[2], &y = c[6];
+  int64_t seq = x.size[1], taps = c[1].size[1], kept = window.size[1], past = taps - 1;
+  int64_t row = c[3].index(b), offset = c[4].index(b), start = c[5].index(b);
+  int64_t first = channels.begin, n = channels.end - first;
+  // the line of inputs is the window's last ones, copied here as the window is overwritten, and x
+  std::vector<X> before(past * n);
+  for (int64_t i = 0; i < past; i++)
+    std::copy_n(window.at<X>(row, offset + i) + first, n, before.data() + i * n);
+  auto line = [&](int64_t i) -> const X* {
+    return i < past ? before.data() + i * n : x.at<X>(b, i - past) + first;
+  };
+  std::vector<float> sums(n);
+  for (int64_t t = 0; t < seq; t++) {
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    for (int64_t k = 0; k < taps; k++) {
+      const X* input = line(t + k);
+      for (int64_t i = 0; i < n; i++) sums[i] += wide(input[i]) * taps_first[k * n + i];
+    }
+    X* out = y.at<X>(b, t) + first;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) out[i] = narrow<X>(silu(sums[i]));
+  }
+  for (int64_t i = 0; i < kept; i++) {
+    X* out = window.at<X>(row, i) + first;
+    if (start + i < past + seq) {
+      std::copy_n(line(start + i), n, out);
+    } else {
+      std::fill_n(out, n, X{});
+    }
+  }
+}
+
+static void short_conv(const Call& c, int64_t, int64_t task) {
+  const Tensor &x = c[0], &weight = c[1];
+  Span channels(task, CHANNELS, x.size[2]);
+  int64_t taps = weight.size[1], n = channels.end - channels.begin;
+  std::vector<float> taps_first(taps * n);
+  with_float(weight, [&](auto type) {
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t k = 0; k < taps; k++)
+        taps_first[k * n + i] = wide(weight.at<decltype(type)>(channels.begin + i)[k]);
+  });
+  with_float(x, [&](auto type) {
+    for (int64_t b = 0; b < x.size[0]; b++) conv_row<decltype(type)>(c, b, channels, taps_first);
+  });
+}
+
+// delta_gates(a, b [batch, seq, hv], A_log, dt_bias [hv], valid [batch, seq]) -> (g, beta)
+static int64_t gate_tasks(const Call& c, int64_t phase) { return phase ? DONE : ceil_div(c[0].rows(), 8); }
+
+static float softplus(float x) { return x > 20 ? x : std::log1p(std::exp(x)); }
+
+static void delta_gates(const Call& c, int64_t, int64_t task) {
+  const Tensor &valid = c[4], &g = c[5], &beta = c[6];
+  const float *A_log = c[2].at<float>(), *dt_bias = c[3].at<float>();
+  Span rows(task, 8, c[0].rows());
+  with_float(c[0], [&](auto type) {
+    using X = decltype(type);
+    for (int64_t r = rows.begin; r < rows.end; r++) {
+      bool real = valid.at<bool>(r / valid.size[1])[r % valid.size[1] * valid.stride[1]];
+      const X *a = c[0].row<X>(r), *b = c[1].row<X>(r);
+      for (int64_t h = 0; h < c[0].last(); h++) {
+        float decay = -std::exp(A_log[h]) * softplus(wide(a[h]) + dt_bias[h]);
+        g.row<float>(r)[h] = real ? decay : 0;
+        beta.row<X>(r)[h] = narrow<X>(real ? sigmoid(wide(b[h])) : 0);
+      }
+    }
+  });
+}
+
+// delta_rule(query, key [batch, seq, hk, dk], value [batch, seq, hv, dv], g, beta [batch, seq, hv],
+// state [slots, hv, dv, dk], slots [batch, writes]; scale) -> out, state in place. A row of a state
+// meets the others nowhere: a task takes a few of them through all tokens.
+static int64_t rule_tasks(const Call& c, int64_t phase) {
+  const Tensor& value = c[2];
+  return phase ? DONE : value.size[0] * value.size[2] * ceil_div(value.size[3], STATE_ROWS);
+}
+
+// One token for N rows of a state, `apart` from each other. What is read, s . k of each, is all that
+// a row's write waits for: rows are read together, then written and asked together.
+template <int N>
+static inline void rule_step(float* s, int64_t apart, const float* k, const float* q, int64_t n,
+                             float decay, float beta, const float* v, float* out) {
+  const float *keys[1] = {k}, *rows[N];
+  float read[N][1], write[N];
+  for (int r = 0; r < N; r++) rows[r] = s + r * apart;
+  dots<N, 1>(rows, keys, n, read);
+  for (int r = 0; r < N; r++) write[r] = beta * (v[r] - decay * read[r][0]);
+  Floats sums[N];
+  int64_t whole = n - n % LANES;
+  for (int r = 0; r < N; r++) {
+    float* row = s + r * apart;
+    Floats total = {};
+    for (int64_t i = 0; i < whole; i += LANES) {
+      Floats next = decay * load(row + i) + write[r] * load(k + i);
+      store(row + i, next);
+      total += next * load(q + i);
+    }
+    sums[r] = total;
+  }
+  sum_each<N>(sums, out);
+  for (int r = 0; r < N; r++)
+    for (int64_t i = whole; i < n; i++) {
+      float& number = s[r * apart + i];
+      number = decay * number + write[r] * k[i];
+      out[r] += number * q[i];
+    }
+}
+
+template <class X, class S>
+static void rule_part(const Call& c, int64_t b, int64_t head, Span rows) {
+  const Tensor &query = c[0], &key = c[1], &value = c[2], &g = c[3], &beta = c[4], &state = c[5],
+               &slots = c[6], &out = c[7];
+  constexpr bool IN_PLACE = sizeof(S) == sizeof(float);
+  int64_t seq = value.size[1], dk = key.size[3], n = rows.end - rows.begin;
+  int64_t source = head / (value.size[2] / key.size[2]), writes = slots.size[1], apart = dk;
+  std::vector<float> copy, q(dk), k(dk), v(n), o(n);
+  auto pool = [&](int64_t t, int64_t i) {
+    return state.at<S>(slots.index(b, t), head, rows.begin + i);
+  };
+  auto keep = [&](int64_t t) {
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t j = 0; j < dk; j++) pool(t, i)[j] = narrow<S>(copy[i * dk + j]);
+  };
+  float* s;
+  if (IN_PLACE && writes == 1) {
+    s = reinterpret_cast<float*>(pool(0, 0)), apart = state.stride[2];
+  } else {
+    copy.resize(n * dk), s = copy.data();
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t j = 0; j < dk; j++) s[i * dk + j] = wide(pool(0, i)[j]);
+  }
+  for (int64_t t = 0; t < seq; t++) {
+    for (int64_t j = 0; j < dk; j++) {
+      q[j] = wide(query.at<X>(b, t, source)[j]) * c.number(0);
+      k[j] = wide(key.at<X>(b, t, source)[j]);
+    }
+    for (int64_t i = 0; i < n; i++) v[i] = wide(value.at<X>(b, t, head)[rows.begin + i]);
+    float decay = std::exp(g.at<float>(b, t)[head]), strength = wide(beta.at<X>(b, t)[head]);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+      rule_step<16>(s + i * apart, apart, k.data(), q.data(), dk, decay, strength, &v[i], &o[i]);
+    for (; i < n; i++)
+      rule_step<1>(s + i * apart, apart, k.data(), q.data(), dk, decay, strength, &v[i], &o[i]);
+    for (i = 0; i < n; i++) out.at<X>(b, t, head)[rows.begin + i] = narrow<X>(o[i]);
+    if (writes > 1) keep(t);
+  }
+  if (writes == 1 && !copy.empty()) keep(0);
+}
+
+static void delta_rule(const Call& c, int64_t, int64_t task) {
+  const Tensor& value = c[2];
+  int64_t heads = value.size[2], parts = ceil_div(value.size[3], STATE_ROWS), pair = task / parts;
+  with_float(value, [&](auto x) {
+    with_float(c[5], [&](auto state) {
+      rule_part<decltype(x), decltype(state)>(c, pair / heads, pair % heads,
+                                              Span(task % parts, STATE_ROWS, value.size[3]));
+    });
+  });
+}
+
+extern const Kernel DELTA_NET[] = {
+    {"short_conv", conv_tasks, short_conv},
+    {"delta_gates", gate_tasks, delta_gates},
+    {"delta_rule", rule_tasks, delta_rule},
+    {nullptr, nullptr, nullptr},
+};
+
+}  // namespace qnext

@@ -1,0 +1,135 @@
+// Vectors of floats in the compiler's own notation, so that one source serves every machine.
+#pragma once
+
+#include <limits>
+#include <utility>
+
+#include "kernel.h"
+
+namespace qnext {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+
+inline Floats load(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Floats load(const bf16* p) {
+  Halves half;
+  std::memcpy(&half, p, sizeof half);
+  Words word = __builtin_convertvector(half, Words) << 16;
+  Floats v;
+  std::memcpy(&v, &word, sizeof v);
+  return v;
+}
+inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+
+// Sums of adjacent pairs: those of a, then those of b.
+template <class V, int... I> inline V pairs(V a, V b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+#else
+  typedef int32_t Places __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, Places{(2 * I)...}) + __builtin_shuffle(a, b, Places{(2 * I + 1)...});
+#endif
+}
+template <class V> inline V pairs(V a, V b) {
+  return pairs(a, b, std::make_integer_sequence<int, sizeof(V) / 4>());
+}
+
+// Lane i of the result is the sum of v[i], of as many vectors as a vector has lanes.
+template <int N, class V> inline V transposed_sum(const V* v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    return pairs(transposed_sum<N / 2>(v), transposed_sum<N / 2>(v + N / 2));
+  }
+}
+
+// The sums of N vectors, each added up in the same order whatever N is.
+template <int N, class V, class E> inline void sum_each(const V* v, E* out) {
+  constexpr int lanes = sizeof(V) / 4;
+  if constexpr (N % lanes == 0) {
+    for (int i = 0; i < N; i += lanes) {
+      V sums = transposed_sum<lanes>(v + i);
+      std::memcpy(out + i, &sums, sizeof sums);
+    }
+  } else {
+    for (int i = 0; i < N; i++) {
+      V total = v[i];
+      for (int n = lanes; n > 1; n /= 2) total = pairs(total, total);
+      out[i] = total[0];
+    }
+  }
+}
+
+// out[r][t] = w[r] . x[t] over n elements. The order of a sum depends on n alone: a token's result
+// is the same whatever shares its tile.
+template <int R, int T, class W, class X>
+inline void dots(const W* const* w, const X* const* x, int64_t n, float out[R][T]) {
+  Floats sums[R][T] = {};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    Floats left[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) left[r] = load(w[r] + i);
+#pragma GCC unroll 16
+    for (int t = 0; t < T; t++) {
+      Floats right = load(x[t] + i);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) sums[r][t] += left[r] * right;
+    }
+  }
+  Floats all[R * T];
+#pragma GCC unroll 16
+  for (int k = 0; k < R * T; k++) all[k] = sums[k / T][k % T];
+  sum_each<R * T>(all, out[0]);
+  for (; i < n; i++)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+      for (int t = 0; t < T; t++) out[r][t] += wide(w[r][i]) * wide(x[t][i]);
+}
+
+// exp in float32 to an ulp or two: 2^k e^r with |r| <= ln 2 / 2, and a polynomial for e^r. Plain
+// arithmetic, which loops over arrays turn into vectors.
+inline float exponential(float x) {
+  constexpr float LOG2E = 1.44269504088896341f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
+  float bounded = x < 88.72283f ? x : 88.72283f;
+  bounded = bounded > -87.3f ? bounded : -87.3f;
+  float k = std::nearbyint(bounded * LOG2E);
+  float r = (bounded - k * LN2_HIGH) - k * LN2_LOW;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  // 2^k in two factors, as k may be 128
+  int32_t whole = int32_t(k), half = whole / 2;
+  int32_t first = (half + 127) << 23, second = (whole - half + 127) << 23;
+  float a, b;
+  std::memcpy(&a, &first, 4);
+  std::memcpy(&b, &second, 4);
+  float y = p * a * b;
+  y = x > 88.72283f ? std::numeric_limits<float>::infinity() : y;
+  y = x < -87.3f ? 0.0f : y;
+  return x != x ? x : y;
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+
+}  // namespace qnext

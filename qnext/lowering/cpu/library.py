@@ -1,0 +1,135 @@
+"""The compiled kernels as Python sees them: the C structures, and lists of calls to run."""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+from qnext.errors import TargetError
+from qnext.lowering.cpu import build
+
+MAX_DIMS = 5
+KINDS = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.int8: 2,
+    torch.uint8: 2,  # a workspace, whose bytes are the kernel's own affair
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.bool: 5,
+}
+OPENMP = ("libgomp*.so*", "libomp*.so*", "libomp*.dylib")
+Library: TypeAlias = ctypes.CDLL
+_Axes = ctypes.c_int64 * MAX_DIMS
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("kind", ctypes.c_int64),
+        ("dims", ctypes.c_int64),
+        ("size", _Axes),
+        ("stride", _Axes),
+    )
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("kernel", ctypes.c_void_p),
+        ("tensors", ctypes.c_void_p),
+        ("numbers", ctypes.POINTER(ctypes.c_double)),
+    )
+
+
+class Operand(NamedTuple):
+    """A tensor of a call: so many bytes into one of the pieces of memory that a list is run on."""
+
+    memory: int
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]  # in elements
+    dtype: torch.dtype
+
+
+class Instruction(NamedTuple):
+    """A kernel, its tensors (arguments, results, workspace) and its numbers."""
+
+    kernel: str
+    operands: tuple[Operand, ...]
+    numbers: tuple[float, ...]
+
+
+class Program:
+    """Instructions in the kernels' own form, run by one call into the library."""
+
+    def __init__(self, instructions: Sequence[Instruction], library: Library) -> None:
+        self._library = library
+        operands = [operand for each in instructions for operand in each.operands]
+        self._tensors = (_Tensor * len(operands))(*map(_tensor, operands))
+        self._memory = (ctypes.c_int64 * len(operands))(*(o.memory for o in operands))
+        self._offset = (ctypes.c_int64 * len(operands))(*(o.offset for o in operands))
+        self._calls = (_Call * len(instructions))()
+        self._numbers = []  # the calls point to them
+        at = ctypes.addressof(self._tensors)
+        for call, each in zip(self._calls, instructions, strict=True):
+            self._numbers.append((ctypes.c_double * len(each.numbers))(*each.numbers))
+            call.kernel = self._library.qnext_kernel(each.kernel.encode())
+            call.tensors, call.numbers = at, self._numbers[-1]
+            at += len(each.operands) * ctypes.sizeof(_Tensor)
+            assert call.kernel, f"the library has no kernel {each.kernel}"
+        self._lock = Lock()  # addresses are written into the tensors: one run at a time
+
+    def run(self, memory: Sequence[int], threads: int) -> None:
+        """Run on pieces of memory, given by the addresses of their first elements."""
+        addresses = (ctypes.c_void_p * len(memory))(*memory)
+        with self._lock:
+            self._library.qnext_run(
+                *(self._calls, len(self._calls), self._tensors, len(self._tensors)),
+                *(self._memory, self._offset, addresses, threads),
+            )
+
+
+def _tensor(operand: Operand) -> _Tensor:
+    # a number is a row of one
+    size, stride = (operand.size, operand.stride) if operand.size else ((1,), (1,))
+    return _Tensor(None, KINDS[operand.dtype], len(size), _Axes(*size), _Axes(*stride))
+
+
+def load(isa: str) -> Library:
+    """The library for some instructions, compiled if need be; TargetError if that cannot be."""
+    path = build.library(isa)
+    try:
+        return _opened(path)
+    except OSError as error:
+        raise TargetError(f"the compiled kernels cannot be loaded: {error}") from None
+
+
+@cache
+def _opened(path: Path) -> Library:
+    library = ctypes.CDLL(str(path))
+    library.qnext_kernel.restype, library.qnext_kernel.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.qnext_run.restype = None
+    library.qnext_run.argtypes = [
+        *(pointer, integer, pointer, integer),
+        *(pointer, pointer, pointer, integer),
+    ]
+    if runtime := _openmp():
+        threads = ctypes.CDLL(str(runtime))
+        library.qnext_use(threads.GOMP_parallel, threads.omp_get_num_threads)
+    return library
+
+
+def _openmp() -> Path | None:
+    """The OpenMP runtime that torch brings along: another would be another pool of threads.
+
+    Without it kernels run on one thread.
+    """
+    home = Path(torch.__file__).parent
+    places = (home / "lib", home.parent / "torch.libs", home / ".dylibs")
+    found = [file for place in places for name in OPENMP for file in place.glob(name)]
+    return found[0] if found else None
