@@ -3,10 +3,10 @@
     python -m benchmarks.cpu [--rounds 7] [--batch 1 8] [--prompt 512] [--json out.jsonl]
 
 Rounds go through all variants in turn, so that a noisy machine is noisy for all; medians are
-compared. The limit of a decode step is the time of reading its bytes at the bandwidth measured
-here. The first line of figures, the reference in float32, is what an eager step takes; W8A8 runs on
-the reference as well, where it is slow, to show what the kernels are for. Results of all variants
-are compared before anything is timed: a wrong one is not measured.
+compared. The limit of a decode step is the time of reading its bytes at the bandwidth measured in
+the same rounds. The first line of figures, the reference in float32, is what an eager step takes;
+W8A8 runs on the reference as well, where it is slow, to show what the kernels are for. Results of
+all variants are compared before anything is timed: a wrong one is not measured.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import qnext as qn
-from benchmarks.eager import MID, bandwidth, checkpoint, decode_bytes, where_measured
+from benchmarks.eager import bandwidth, checkpoint, decode_bytes, where_measured
 from qnext.functional.quantize import KEPT
 
 STEPS = 12  # decode steps of a round; their median is the round's figure
@@ -83,22 +83,25 @@ def check(name: str, logits: Tensor, reference: Tensor) -> None:
         raise SystemExit(f"{name}: logits are {error:.2g} from the reference's, nothing is timed")
 
 
-def measure(cases: dict[str, Case], rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each variant's prefill and decode step."""
+def measure(cases: dict[str, Case], rounds: int) -> tuple[dict[str, dict[str, float]], float]:
+    """Median seconds of each variant's prefill and decode step, and bytes per second read."""
     reference = cases["reference float32"].run()[2]
     for name, case in cases.items():
         check(name, case.run()[2], reference)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    speeds = []
     for _ in tqdm(range(rounds), desc="rounds"):
+        speeds.append(bandwidth())
         for name, case in cases.items():
             taken[name].append(case.run()[:2])
-    return {
+    medians = {
         name: {
             "prefill_seconds": statistics.median(t[0] for t in times),
             "decode_seconds": statistics.median(t[1] for t in times),
         }
         for name, times in taken.items()
     }
+    return medians, statistics.median(speeds)
 
 
 def main() -> None:
@@ -110,11 +113,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     models = variants(checkpoint(args.checkpoint))
+    vocab = models["cpu float32"][1].config.vocab_size
     generator = torch.Generator().manual_seed(11)
     for batch in args.batch:
-        tokens = torch.randint(0, MID["vocab_size"], (batch, args.prompt), generator=generator)
+        tokens = torch.randint(0, vocab, (batch, args.prompt), generator=generator)
         cases = {name: Case(*model, tokens) for name, model in models.items()}
-        row = summary(measure(cases, args.rounds), models, batch, args)
+        row = summary(*measure(cases, args.rounds), models, batch, args)
         show(row)
         if args.json:
             with args.json.open("a") as lines:
@@ -123,12 +127,13 @@ def main() -> None:
 
 def summary(
     seconds: dict[str, dict[str, float]],
+    speed: float,
     models: dict[str, tuple[str, qn.Params]],
     batch: int,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Tokens per second, ratios to the float32 reference, shares of the limit."""
-    speed, base = bandwidth(), seconds["reference float32"]
+    base = seconds["reference float32"]
     row: dict[str, Any] = {
         "benchmark": "cpu",
         **where_measured(),

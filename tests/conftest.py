@@ -16,6 +16,7 @@ torch.set_num_threads(1)  # tiny models: threads cost more than they give
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)  # training sets it for the whole process
 
 
 @pytest.fixture(autouse=True)

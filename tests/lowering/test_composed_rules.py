@@ -126,6 +126,7 @@ def test_odd_models_are_lowered_whole(name: str) -> None:
 # What they launch.
 
 
+@pytest.mark.slow  # six models of 8 layers; the software Ascend counts the same launches
 def test_launches() -> None:
     """Of a layer behind the first, which also carry what a step computes once."""
 
