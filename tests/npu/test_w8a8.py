@@ -159,7 +159,7 @@ def test_weights_are_packed_once_in_the_cube_s_order() -> None:
     given = case("decode", weights("fused"), sequences=15)
     step = compiled(given)
     step(*there(given.arguments))
-    packed = [leaf for leaf in step._constants if leaf.dtype == torch.int8]
+    packed = [leaf for leaf in step._packed[1] if leaf.dtype == torch.int8]
     formats = Counter(int(torch_npu.get_npu_format(leaf)) for leaf in packed)
     assert formats.keys() == {int8.NZ}
     # in and out of each mixer, and both of all experts together
