@@ -9,7 +9,7 @@ from collections.abc import Collection
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from qnext.lowering.graph import insert, is_view, scope_of, value
+from qnext.lowering.graph import argument_of, insert, is_view, scope_of, value
 
 PACKED = "packed"  # what constants made of weights are called among the step's inputs,
 FREE = "constant"  # and those made of nothing
@@ -68,7 +68,7 @@ def _constant(graph: Graph, weights: Collection[str]) -> set[Node]:
     fixed: set[Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
-            if node.meta["path"].partition(".")[0].partition("[")[0] in weights:
+            if argument_of(node.meta["path"]) in weights:
                 fixed.add(node)
         elif node.op == "call_function" and fixed.issuperset(node.all_input_nodes):
             fixed.add(node)

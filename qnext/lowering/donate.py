@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch.fx import Graph, Node
 
-from qnext.lowering.graph import is_view, value
+from qnext.lowering.graph import argument_of, is_view, value
 
 IN_PLACE = "in place"
 
@@ -91,7 +91,7 @@ def _obstacle(
     source = _owner(pool)
     if source.op == "placeholder":
         path = source.meta["path"]
-        if path.partition(".")[0].partition("[")[0] not in donated:
+        if argument_of(path) not in donated:
             return f"{path} is not donated"
     for reader in _readers(source):
         if reader is not node and order.get(reader, -1) > order[node]:

@@ -38,12 +38,13 @@ def is_view(node: Node) -> bool:
     """Whether a node only looks at memory of its inputs in another way."""
     if "val" not in node.meta:
         return True
-    mine = {_storage(t) for t in tensors(value(node))}
-    theirs = {_storage(t) for parent in node.all_input_nodes for t in tensors(value(parent))}
+    mine = {storage_of(t) for t in tensors(value(node))}
+    theirs = {storage_of(t) for parent in node.all_input_nodes for t in tensors(value(parent))}
     return mine <= theirs
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """What two tensors that look at the same memory have in common; fake ones have it too."""
     return tensor.untyped_storage()._cdata
 
 
@@ -67,6 +68,11 @@ def site_name(node: Node) -> str:
 def arguments(node: Node) -> dict[str, Any]:
     """A primitive node's keyword arguments, fake tensors in place of nodes."""
     return {k: value(v) if isinstance(v, Node) else v for k, v in node.kwargs.items()}
+
+
+def argument_of(path: str) -> str:
+    """The argument a leaf belongs to: `params` of `params.layers[3].mixer.conv`."""
+    return path.partition(".")[0].partition("[")[0]
 
 
 def scope_of(path: str) -> str:

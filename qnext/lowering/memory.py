@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from qnext.lowering.graph import is_view, tensors, value
+from qnext.lowering.graph import argument_of, is_view, tensors, value
 from qnext.lowering.trace import Trace
 
 
@@ -15,7 +15,7 @@ def memory(graph: Graph, trace: Trace, donate: Collection[str]) -> dict[str, Any
     between arguments and results, each tensor freed after its last use)."""
     arguments: dict[str, int] = defaultdict(int)
     for leaf in trace.leaves:
-        arguments[leaf.path.partition(".")[0].partition("[")[0]] += leaf.nbytes
+        arguments[argument_of(leaf.path)] += leaf.nbytes
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     returned = set(output.all_input_nodes)
     results = sum(t.nbytes for node in returned for t in tensors(value(node)))

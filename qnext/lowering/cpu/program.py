@@ -18,7 +18,7 @@ from qnext.lowering.calls import call_of
 from qnext.lowering.constants import FREE, PACKED
 from qnext.lowering.cpu.calls import KERNELS, in_order, kernel_of, numbers
 from qnext.lowering.cpu.library import Instruction, Library, Operand, Program, load
-from qnext.lowering.graph import arguments, is_view, tensors, value
+from qnext.lowering.graph import argument_of, arguments, is_view, storage_of, tensors, value
 
 ALIGNMENT = 64  # bytes: a cache line
 
@@ -38,8 +38,7 @@ def _is_fixed(node: Node, weights: Collection[str]) -> bool:
     """Whether a node is an input that depends on weights alone."""
     if node.op != "placeholder":
         return False
-    root = node.meta["path"].partition(".")[0].partition("[")[0]
-    return root in weights or root in (PACKED, FREE)
+    return argument_of(node.meta["path"]) in {*weights, PACKED, FREE}
 
 
 def _groups(graph: Graph) -> list[list[Node]]:
@@ -156,10 +155,6 @@ class _Layout:
         self._busy.append((offset, offset + size, until))
         self.arena = max(self.arena, offset + size)
         return offset
-
-
-def storage_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _at(piece: _Piece, tensor: Tensor, stride: Sequence[int]) -> Operand:

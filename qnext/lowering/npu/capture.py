@@ -20,7 +20,7 @@ from torch.fx import Node
 from qnext.errors import LoweringError
 from qnext.lowering.calls import call_of
 from qnext.lowering.donate import IN_PLACE
-from qnext.lowering.graph import primitive_of, site_name, value
+from qnext.lowering.graph import argument_of, primitive_of, site_name, value
 from qnext.lowering.host import checked, updates
 from qnext.lowering.npu.probe import first_line, require_torch_npu
 from qnext.lowering.trace import bind
@@ -131,7 +131,7 @@ def _fixed(compiled: "Compiled") -> set[int]:
     return {
         i
         for i, leaf in enumerate(lowered.trace.leaves)
-        if inputs[i] in written or leaf.path.partition(".")[0].partition("[")[0] in roots
+        if inputs[i] in written or argument_of(leaf.path) in roots
     }
 
 
