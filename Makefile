@@ -3,9 +3,11 @@ PYTHON ?= python3
 BIN = .venv/bin
 NPU = TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=1 \
 	.venv-npu/bin/python -m qnext.lowering.softnpu.device
+CLIENTS = 'openai>=3.50,<4' 'lm-eval[api]>=0.4.13,<0.5' 'litellm>=1.106,<2' 'schemathesis>=4.32,<5' \
+	'aiperf>=0.13,<0.14'
 QUESTION = Mia has 12 apples. She buys 7 more and then gives 5 to Tom. How many apples does Mia have now?
 
-.PHONY: run test test-all test-npu lint demo clean
+.PHONY: run test test-all test-npu test-clients lint demo clean
 
 run: .venv/base  ## ask the demo model a question
 	@$(BIN)/qnext generate --prompt "$$(printf 'Question: %s\nAnswer:' "$(QUESTION)")" --stop Question
@@ -13,12 +15,15 @@ run: .venv/base  ## ask the demo model a question
 test: .venv/dev  ## the default suite, minutes
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: .venv/dev  ## the default suite and the slow proofs
+test-all: .venv/dev .venv-clients/dev  ## the default suite and the slow proofs
 	$(BIN)/python -m pytest -n 2
 
 test-npu: .venv-npu/dev  ## torch_npu on the software Ascend, a 910B and an A3; needs g++ on x86-64
 	$(NPU) -m pytest tests/npu -n 2
 	$(NPU) --soc 9391 -m pytest tests/npu/test_steps.py tests/npu/test_errors.py -k "fused or error"
+
+test-clients: .venv-clients/dev .venv/dev  ## public clients against `qnext serve`; needs npm
+	$(BIN)/python -m pytest tests/clients
 
 lint: .venv/dev  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -29,7 +34,7 @@ demo: .venv/dev  ## train the embedded demo model anew (docs/demo.md tells the h
 	$(BIN)/python -m examples.train_demo
 
 clean:
-	rm -rf .venv .venv-npu .cache build dist *.egg-info
+	rm -rf .venv .venv-npu .venv-clients .cache build dist *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -47,4 +52,12 @@ clean:
 	$(PYTHON) -m venv .venv-npu
 	.venv-npu/bin/python -m pip install --quiet --upgrade pip
 	.venv-npu/bin/python -m pip install --quiet --editable '.[dev,npu]'
+	@touch $@
+
+# none of them needs torch
+.venv-clients/dev: Makefile
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --upgrade pip
+	.venv-clients/bin/python -m pip install --quiet $(CLIENTS)
+	npm install --prefix .venv-clients/node --silent --no-fund --no-audit 'openai@^6.49'
 	@touch $@

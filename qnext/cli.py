@@ -12,12 +12,14 @@ import torch
 
 import qnext as qn
 from qnext import doctor
+from qnext.bench.command import add_bench
 from qnext.complete import Piece, complete
 from qnext.convert import convert
 from qnext.embedded import PROBLEMS
 from qnext.evaluate import evaluate, read_problems
 from qnext.functional.quantize import CHOICES
 from qnext.functional.speculate import check_module
+from qnext.server.command import add_serve
 from qnext.text import Tokenizer
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -69,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
     _add_generate(verbs)
     _add_eval(verbs)
     _add_quantize(verbs)
+    add_serve(verbs)
+    add_bench(verbs)
     _add_doctor(verbs)
     return top
 
@@ -342,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status. Errors of use are one message, not a traceback."""
     args = parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader left, as `| head` does
@@ -351,7 +355,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (qn.QnextError, OSError) as error:
         print(f"qnext: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

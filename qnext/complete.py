@@ -13,7 +13,7 @@ from qnext.functional.model import prefill
 from qnext.functional.params import Params
 from qnext.functional.sampling import Sampling
 from qnext.functional.state import State, init_state, select
-from qnext.text import Tokenizer
+from qnext.text import Continuation, Tokenizer
 
 
 class Piece(NamedTuple):
@@ -28,50 +28,6 @@ class Piece(NamedTuple):
     tokens: int
     finish: str | None
     acceptance: Acceptance = Acceptance()
-
-
-class _Row:
-    """One continuation: detokenises, watches for stop strings, holds back what might be one."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]) -> None:
-        self.tokenizer, self.stops = tokenizer, stops
-        self.decoder = tokenizer.stream(prompt)
-        self.held, self.ready, self.tokens = "", "", 0
-        self.finish: str | None = None
-        self.acceptance = Acceptance()
-
-    def push(self, token: int) -> None:
-        self.tokens += 1
-        if token in self.tokenizer.eos_ids:
-            self.end("eos")
-        elif self.tokenizer.knows(token):  # models' vocabularies are padded: the rest has no text
-            self._take(self.decoder.push(token))
-
-    def end(self, reason: str) -> None:
-        """Release what is held; a stop string may still hide in the last characters."""
-        self._take(self.decoder.finish())
-        if self.finish is None:
-            self.ready, self.held, self.finish = self.ready + self.held, "", reason
-
-    def _take(self, text: str) -> None:
-        self.held += text
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found:
-            self.ready, self.held, self.finish = self.ready + self.held[: min(found)], "", "stop"
-            return
-        keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
-        cut = len(self.held) - keep
-        self.ready, self.held = self.ready + self.held[:cut], self.held[cut:]
-
-    def release(self) -> str:
-        text, self.ready = self.ready, ""
-        return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def complete(
@@ -89,7 +45,8 @@ def complete(
     `max_new_tokens`. What all prompts begin with is prefilled once. With `draft` so many tokens
     are guessed ahead, which changes no text. Raises InputError.
     """
-    rows = [_Row(tokenizer, prompt, stops) for prompt in prompts]
+    rows = [Continuation(tokenizer, prompt, stops) for prompt in prompts]
+    acceptance = [Acceptance()] * len(rows)
     state, tokens, lengths = shared_prefix(params, prompts, max_new_tokens, draft)
 
     def stop(new: Tensor) -> Tensor:
@@ -106,10 +63,10 @@ def complete(
                 row.end("length")
             if made:
                 room = max_new_tokens - (row.tokens - made)
-                row.acceptance += of_step(made, draft, room, row.finish is not None)
+                acceptance[i] += of_step(made, draft, room, row.finish is not None)
             text = row.release()
             if not told[i] and (text or row.finish):
-                yield Piece(i, text, row.tokens, row.finish, row.acceptance)
+                yield Piece(i, text, row.tokens, row.finish, acceptance[i])
             told[i] = row.finish is not None
 
 

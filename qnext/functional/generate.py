@@ -169,7 +169,8 @@ def _ahead(
     while True:
         with torch.no_grad():
             state = state._replace(capacity=limit)
-            drawn, count, state = step(params, state, new, draft, *draws)
+            how = (draws.settings, draws.filters, draws.counts)
+            drawn, count, state = step(params, state, new, draft, *how)
             line = torch.cat([new[:, None], drawn[:, :-1]], dim=1)
             at = torch.arange(draft + 1, device=line.device)
             line = line.where(at < count[:, None], -1)

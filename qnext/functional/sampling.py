@@ -83,6 +83,14 @@ class Knobs(NamedTuple):
     frequency_penalty: Float32[Tensor, " batch"]
 
 
+class Bias(NamedTuple):
+    """What is added to the logits of a batch before anything else; -inf forbids a token."""
+
+    always: Float32[Tensor, "batch vocab"]
+    early: Float32[Tensor, "batch vocab"]  # added as well
+    until: Int32[Tensor, " batch"]  # to draws of positions before this one
+
+
 class Counts(NamedTuple):
     """Which tokens a row has seen and how often it generated them; what penalties read."""
 
@@ -168,12 +176,16 @@ def choose(
     settings: Shaped[Knobs] | None = None,
     filters: bool = False,
     counts: Shaped[Counts] | None = None,
+    bias: Shaped[Bias] | None = None,
 ) -> Int64[Tensor, " batch"]:
     """`sample` without checks or a look at any value, so that it may be part of a compiled step.
 
     No settings: the likeliest. `filters`: some row has top_k, top_p or min_p, which sorts the
-    vocabulary; `counts`: some row has penalties.
+    vocabulary; `counts`: some row has penalties; `bias`: some row has preferences of its own.
     """
+    if bias is not None:
+        early = bias.early.where((position < bias.until)[:, None], 0)
+        logits = logits.to(torch.float32) + bias.always + early
     if settings is None:
         return logits.argmax(-1)
     logits = logits.to(torch.float32)
@@ -190,6 +202,7 @@ class Drawing(NamedTuple):
     settings: Knobs | None = None
     filters: bool = False
     counts: Counts | None = None
+    bias: Bias | None = None
 
     def draw(self, logits: Tensor, position: Tensor) -> Tensor:
         """A token [batch] of each row of logits [batch, vocab]."""

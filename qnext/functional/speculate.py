@@ -12,7 +12,7 @@ al., arXiv:2211.17192, accept with a probability instead, which keeps the distri
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Int64
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from qnext.errors import InputError
@@ -23,7 +23,7 @@ from qnext.functional.mtp import predict, present
 from qnext.functional.params import Params
 from qnext.functional.sampling import Counts, Drawing, Knobs
 from qnext.functional.state import State
-from qnext.functional.verify import commit
+from qnext.functional.verify import committed
 
 
 def speculate(
@@ -167,28 +167,23 @@ def _accepted(
     guesses: Int[Tensor, "batch drafted"],
     draws: Drawing,
 ) -> tuple[Int64[Tensor, "batch seq"], Int[Tensor, " batch"], State]:
-    width = guesses.shape[1] + 1
-    room = state.capacity - state.lengths
-    at = torch.arange(width, dtype=room.dtype, device=room.device)
-    line = torch.cat([tokens[:, None], guesses.long()], dim=1).where(at < room[:, None], 0)
-    logits, pending = _verified(params, state, line, room > 0)
-    drawn = _draw_each(logits, state.lengths[:, None] + (at + 1), line, draws)
-    missed = (drawn[:, :-1] != line[:, 1:]).to(room.dtype)
-    right = (missed.cumsum(1) == 0).sum(1, dtype=room.dtype)
-    count = (right + 1).minimum(room)
-    after = commit(pending, count)
-    after = after._replace(accepted=after.accepted.where(room > 0, state.accepted))
-    return drawn.where(at < count[:, None], -1), count, after
+    line = torch.cat([tokens[:, None], guesses.long()], dim=1)
+    logits, pending = verify_line(params, state, line)
+    return judge(state, pending, logits, line, draws)
 
 
-def _verified(
-    params: Params, state: State, line: Int64[Tensor, "batch seq"], some: Bool[Tensor, " batch"]
+def verify_line(
+    params: Params, state: State, line: Int64[Tensor, "batch seq"]
 ) -> tuple[Float[Tensor, "batch seq vocab"], State]:
-    """`verify` of whole lines, in which all tokens count as real, as shapes alone then tell all.
+    """`verify` of whole lines, a token and guesses, in which all count as real: shapes tell all.
 
-    What is beyond the capacity is not written, and never committed. Rows without `some` room work
-    on scratch.
+    What is beyond the capacity is not written, and `judge` never commits it. Rows without room work
+    on scratch. Arguments are not checked: this is a part of a step.
     """
+    room = state.capacity - state.lengths
+    some = room > 0
+    at = torch.arange(line.shape[1], dtype=room.dtype, device=room.device)
+    line = line.where(at < room[:, None], 0)
     scratch = state._replace(
         block_table=state.block_table.where(some[:, None], 0),
         slots=state.slots.where(some[:, None], 0),
@@ -201,6 +196,26 @@ def _verified(
     )
 
 
+def judge(
+    state: State,
+    pending: State,
+    logits: Float[Tensor, "batch seq vocab"],
+    line: Int64[Tensor, "batch seq"],
+    draws: Drawing,
+) -> tuple[Int64[Tensor, "batch seq"], Int[Tensor, " batch"], State]:
+    """What `speculate` returns, given `state` before and what `verify_line` made of it."""
+    width, room = line.shape[1], state.capacity - state.lengths
+    at = torch.arange(width, dtype=room.dtype, device=room.device)
+    line = line.where(at < room[:, None], 0)
+    drawn = _draw_each(logits, state.lengths[:, None] + (at + 1), line, draws)
+    missed = (drawn[:, :-1] != line[:, 1:]).to(room.dtype)
+    right = (missed.cumsum(1) == 0).sum(1, dtype=room.dtype)
+    count = (right + 1).minimum(room)
+    after = committed(pending, count)
+    after = after._replace(accepted=after.accepted.where(room > 0, state.accepted))
+    return drawn.where(at < count[:, None], -1), count, after
+
+
 def _draw_each(
     logits: Float[Tensor, "batch seq vocab"],
     position: Int[Tensor, "batch seq"],
@@ -209,7 +224,7 @@ def _draw_each(
 ) -> Int64[Tensor, "batch seq"]:
     """What the model draws after each token of a line; counts grow with the tokens before it."""
     width = line.shape[1]
-    if draws.counts is None:  # all at once
+    if draws.counts is None and draws.bias is None:  # all at once
         each = draws.settings and Knobs(
             *(s[:, None].expand(-1, width).flatten() for s in draws.settings)
         )

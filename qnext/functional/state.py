@@ -76,18 +76,22 @@ def init_state(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     draft: int = 0,
+    pages: int | None = None,
 ) -> State:
     """The state of `batch` empty sequences with room for `capacity` tokens each.
 
     `dtype` is that of keys, values and windows (default: the config's compute dtype); recurrent
     states have the config's state dtype. `draft` is the number of tokens that may be drafted ahead
     for speculation: it buys `draft` further slots a sequence, and the MTP module, where there is
-    one, then follows whatever the state consumes. On device "meta" the result is specs.
+    one, then follows whatever the state consumes. With `pages` the pools have so many, scratch not
+    counted, and no sequence has any yet: a server hands them out. On device "meta" the result is
+    specs.
     """
     for name, number, least in (
         ("batch", batch, 1),
         ("capacity", capacity, 1),
         ("draft", draft, 0),
+        ("pages", 0 if pages is None else pages, 0),
     ):
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
             raise InputError(f"{name} must be an integer >= {least}, got {number!r}")
@@ -95,7 +99,7 @@ def init_state(
     max_pages = -(-capacity // PAGE)
     drafts = draft + 1
     sizes = config.axes | {
-        "pages": 1 + batch * max_pages,
+        "pages": 1 + (batch * max_pages if pages is None else pages),
         "slots": 1 + batch * drafts,
         "rows": 1 + batch,
         "drafts": drafts,
@@ -109,13 +113,14 @@ def init_state(
     def counts(value: int) -> Tensor:
         return torch.full((batch,), value, dtype=torch.int32, device=device)
 
+    table = _numbers((batch, max_pages), device)
     kinds: list[Callable[..., LayerState]] = [
         KV if kind == ATTENTION else Delta for kind in config.layer_types
     ]
     return State(
         lengths=counts(0),
         capacity=counts(capacity),
-        block_table=_numbers((batch, max_pages), device),
+        block_table=table if pages is None else torch.zeros_like(table),
         slots=_numbers((batch, drafts), device),
         rows=_numbers((batch,), device),
         accepted=counts(0),
@@ -229,6 +234,11 @@ def narrow(state: State, batch: int) -> State:
     if not 1 <= batch <= state.batch:
         raise InputError(f"batch must lie in 1..{state.batch}, the state's rows, got {batch}")
     return _tables(state, lambda table: table[:batch])
+
+
+def view(state: State, index: Tensor) -> State:
+    """The given rows [batch], an index, of a state, in the same pools; what they do is theirs."""
+    return _tables(state, lambda table: table.index_select(0, index))
 
 
 def _tables(state: State, change: Callable[[Tensor], Tensor]) -> State:

@@ -56,6 +56,11 @@ def commit(state: State, accepted: Tensor) -> State:
     Raises InputError for counts beyond what the state keeps, CapacityError beyond its capacity.
     """
     _check_accepted(state, accepted)
+    return committed(state, accepted)
+
+
+def committed(state: State, accepted: Tensor) -> State:
+    """`commit` without checks, which read values: for parts of a step."""
     count = accepted.to(torch.int32)
     last = (count - 1).clamp(min=0)
     state = advanced(state, state.lengths + count)
@@ -69,6 +74,11 @@ def rewind(state: State, count: Tensor) -> State:
     else is consumed. At least one of them stays; 0 leaves a row as it is. Raises InputError.
     """
     _check_rewind(state, count)
+    return rewound(state, count)
+
+
+def rewound(state: State, count: Tensor) -> State:
+    """`rewind` without checks, which read values: for parts of a step."""
     count = count.to(torch.int32)
     last = state.accepted - count
     slots = _swapped(_swapped(state.slots, state.accepted), last)

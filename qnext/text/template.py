@@ -30,11 +30,13 @@ class ChatTemplate:
 
     origin: the file they come from, named in errors.
     default: used for every conversation, unless tools are given and `tool_use` is there.
+    source: its text.
     """
 
     origin: Path
     default: Template
     tool_use: Template | None = None
+    source: str = ""
 
     def render(
         self,
@@ -64,7 +66,8 @@ class ChatTemplate:
             return template.render(names)
         except Exception as error:  # a template can raise anything
             raise TokenizerError(
-                f"{self.origin}, line {_template_line(error)}: {_what_happened(error)}"
+                # the name alone: clients of a server read it, too
+                f"{self.origin.name}, line {_template_line(error)}: {_what_happened(error)}"
             ) from error
 
 
@@ -135,7 +138,7 @@ def _compiled(source: object, origin: Path) -> ChatTemplate:
                 f"{origin}, line {error.lineno}: the chat template {name!r} "
                 f"is not valid Jinja: {error.message}"
             ) from error
-    return ChatTemplate(origin, **compiled)
+    return ChatTemplate(origin, **compiled, source=sources["default"])
 
 
 def _named_sources(source: object, origin: Path) -> dict[str, str]:

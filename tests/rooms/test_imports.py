@@ -42,7 +42,12 @@ ALLOWED: dict[str, set[str]] = {
     "qnext.lowering.npu": LOWERING | {"torch_npu"},
     "qnext.lowering.cpu": LOWERING | {"filelock", "platformdirs", "tqdm"},
     "qnext.lowering.softnpu": {"torch", "torch_npu", "qnext.lowering.softnpu"},
-    "qnext.runtime": {"torch", "tqdm", "qnext.errors", "qnext.functional", "qnext.lowering"},
+    "qnext.runtime": {
+        *("torch", "tqdm", "jaxtyping", "qnext.acceptance", "qnext.errors", "qnext.shapes"),
+        *("qnext.functional", "qnext.lowering", "qnext.runtime", "qnext.text"),
+    },
+    "qnext.bench": {"numpy", "tqdm", "qnext.bench", "qnext.embedded", "qnext.errors"},
+    "qnext.server": {"torch", "tqdm", "qnext"},
     "qnext.doctor": {"torch", "qnext.errors", "qnext.lowering"},
     "qnext.cli": {"torch", "qnext"},
     "qnext": {"qnext"},

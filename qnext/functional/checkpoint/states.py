@@ -1,6 +1,7 @@
 """States as files: one safetensors file with its model's fingerprint and its position."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,9 +18,12 @@ from qnext.functional.tree import leaves_with_paths, rebuild
 STATE_FORMAT = "qnext-state-1"
 
 
-def save_state(params: Params, state: State, path: str | Path) -> None:
+def save_state(
+    params: Params, state: State, path: str | Path, tokens: Sequence[int] | None = None
+) -> None:
     """Write a state as one safetensors file, with its model's fingerprint and its position.
 
+    `tokens`, of a state of one sequence, is what it has consumed, for `state_tokens` to find.
     Raises InputError where the state is not one of this model.
     """
     check_trees(params, state)
@@ -28,9 +32,28 @@ def save_state(params: Params, state: State, path: str | Path) -> None:
         "model": params.config.fingerprint,
         "position": json.dumps(state.lengths.tolist()),
     }
+    if tokens is not None:
+        metadata["tokens"] = json.dumps(list(tokens))
     tensors = {name: leaf.detach().contiguous().cpu() for name, leaf in leaves_with_paths(state)}
     with replacing() as new:
         save_file(tensors, new(Path(path)), metadata)
+
+
+def state_tokens(params: Params, path: str | Path) -> tuple[int, ...] | None:
+    """The tokens that a state file's sequence has consumed, of its header alone.
+
+    None where the file is no state of this model, or was saved without them.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("format") != STATE_FORMAT or "tokens" not in metadata:
+            return None
+        if metadata.get("model") != params.config.fingerprint:
+            return None
+        return tuple(json.loads(metadata["tokens"]))
+    except (SafetensorError, OSError, ValueError):
+        return None
 
 
 def load_state(params: Params, path: str | Path, device: torch.device | str | None = None) -> State:

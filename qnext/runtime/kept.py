@@ -1,0 +1,148 @@
+"""One sequence's state taken out of the pools, as a value: to be cached, swapped, saved or sent.
+
+What it holds does not depend on where it lay: slots, rows and offsets are gone, windows have the
+`width - 1` inputs that matter. So it can be put back into other pools, of other sizes and with room
+for another number of drafts.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qnext.functional.config import PAGE, Config
+from qnext.functional.state import KV, Delta, Mtp, State, init_state
+from qnext.functional.tree import leaves
+
+
+class Kept(NamedTuple):
+    """Keys and values [count, 128, hkv, hd] of some pages, and what comes one to a sequence.
+
+    Recurrent states are [1, hv, dv, dk], windows [1, width - 1, conv], hidden states [1, 1, d];
+    of a model that drafts nothing `mtp` is empty.
+    """
+
+    layers: tuple[KV | Delta, ...]
+    mtp: tuple[Mtp, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in leaves(self))
+
+
+def take(state: State, row: int, pages: Sequence[int]) -> Kept:
+    """A copy of what one row of a state needs to go on, with the keys and values of these pages."""
+    index = torch.tensor(pages, dtype=torch.long, device=state.lengths.device)
+    slot, place = state.slots[row, 0].long(), state.rows[row].long()
+    begin = int(state.accepted[row])
+    more = state.slots.shape[1] - 1
+
+    def layer(pool: KV | Delta) -> KV | Delta:
+        if isinstance(pool, KV):
+            return KV(pool.key[index], pool.value[index])
+        window = pool.window[place][begin : pool.window.shape[1] - more + begin]
+        return Delta(pool.recurrent[slot][None].clone(), window[None].clone())
+
+    def module(pool: Mtp) -> Mtp:
+        hidden = pool.hidden[place, begin][None, None].clone()
+        return Mtp(pool.key[index], pool.value[index], hidden)
+
+    follows = state.mtp if more else ()
+    return Kept(tuple(map(layer, state.layers)), tuple(map(module, follows)))
+
+
+def completed(state: State, pages: Sequence[int], kept: Kept) -> Kept:
+    """A value that has the keys and values of these pages of the pools before its own."""
+    index = torch.tensor(pages, dtype=torch.long, device=state.lengths.device)
+
+    def joined(pool: Tensor, own: Tensor) -> Tensor:
+        return torch.cat([pool[index], own])
+
+    def layer(pool: KV | Delta, own: KV | Delta) -> KV | Delta:
+        if isinstance(pool, KV) and isinstance(own, KV):
+            return KV(joined(pool.key, own.key), joined(pool.value, own.value))
+        return own
+
+    def module(pool: Mtp, own: Mtp) -> Mtp:
+        return Mtp(joined(pool.key, own.key), joined(pool.value, own.value), own.hidden)
+
+    return Kept(
+        tuple(map(layer, state.layers, kept.layers)), tuple(map(module, state.mtp, kept.mtp))
+    )
+
+
+def put(state: State, row: int, pages: Sequence[int], kept: Kept | None) -> None:
+    """Write a value into the pools, in place, for a row whose tables begin anew there.
+
+    The row's window must begin at offset 0. None is a sequence that has consumed nothing. A value
+    without an MTP module's part leaves the module nothing to go on from, which costs guesses only.
+    """
+    index = torch.tensor(pages, dtype=torch.long, device=state.lengths.device)
+    slot, place = state.slots[row, 0].long(), state.rows[row].long()
+    for at, pool in enumerate(state.layers):
+        if isinstance(pool, KV):
+            if kept is not None and pages:
+                _fill(pool, index, kept.layers[at])
+            continue
+        pool.window[place] = 0
+        pool.recurrent[slot] = 0
+        if kept is not None:
+            value = kept.layers[at]
+            assert isinstance(value, Delta)
+            pool.recurrent[slot] = value.recurrent[0]
+            pool.window[place, : value.window.shape[1]] = value.window[0]
+    for at, module in enumerate(state.mtp):
+        module.hidden[place] = 0
+        if kept is not None and kept.mtp:
+            if pages:
+                _fill(module, index, kept.mtp[at])
+            module.hidden[place, :1] = kept.mtp[at].hidden[0]
+
+
+def _fill(pool: KV | Mtp, index: Tensor, value: KV | Delta | Mtp) -> None:
+    assert isinstance(value, KV | Mtp)
+    pool.key[index] = value.key.to(pool.key)
+    pool.value[index] = value.value.to(pool.value)
+
+
+def wipe(state: State, row: int, pages: Sequence[int]) -> None:
+    """Zero what a row leaves behind, in place: its slots, its window, and these pages.
+
+    Needed where it may hold a NaN: a fused call may multiply by zero what nobody looks at.
+    """
+    index = torch.tensor(pages, dtype=torch.long, device=state.lengths.device)
+    slots, place = state.slots[row].long(), state.rows[row].long()
+    for pool in (*state.layers, *state.mtp):
+        if isinstance(pool, Delta):
+            pool.recurrent[slots] = 0
+            pool.window[place] = 0
+            continue
+        pool.key[index] = 0
+        pool.value[index] = 0
+        if isinstance(pool, Mtp):
+            pool.hidden[place] = 0
+
+
+def as_state(config: Config, kept: Kept, length: int) -> State:
+    """The value as a state of its own with one sequence; it must hold all pages of `length`."""
+    like = leaves(kept.layers)[0]
+    dtype = next((pool.key.dtype for pool in kept.layers if isinstance(pool, KV)), like.dtype)
+    pages = pages_of(length)
+    draft = int(bool(kept.mtp))
+    room = max(pages, 1) * PAGE
+    state = init_state(config, 1, room, dtype=dtype, device=like.device, draft=draft)
+    put(state, 0, range(1, pages + 1), kept)
+    lengths = torch.full_like(state.lengths, length)
+    return state._replace(lengths=lengths, mtp_lengths=(lengths - 1).clamp(min=0) * draft)
+
+
+def of_state(state: State) -> Kept:
+    """`as_state` undone: the first sequence of a state, with all its pages."""
+    pages = pages_of(int(state.lengths[0]))
+    return take(state, 0, state.block_table[0, :pages].tolist())
+
+
+def pages_of(length: int) -> int:
+    """Pages that so many tokens fill or begin."""
+    return -(-length // PAGE)

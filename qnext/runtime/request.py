@@ -1,0 +1,172 @@
+"""What is asked of the engine, and what it answers."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from qnext.acceptance import NONE, Acceptance
+from qnext.errors import InputError, QnextError
+from qnext.functional.generate import GREEDY
+from qnext.functional.sampling import Sampling
+
+_numbers = itertools.count(1)
+# what ended a request: a token that ends texts, a stop string, its length, its grammar, its caller,
+# its deadline, an engine that closed, or what `Output.error` tells
+FINISHES = ("eos", "stop", "length", "guide", "abort", "deadline", "closed", "error")
+
+
+class RefusedError(QnextError):
+    """A request that was not taken: the queue is full, or the engine drains or is closed."""
+
+
+class CorruptedError(QnextError):
+    """A request whose logits ceased to be numbers."""
+
+    def __init__(self, request: str) -> None:
+        super().__init__(f"{request}: its logits are no numbers any more (NaN or infinite)")
+
+
+class StepError(QnextError):
+    """A step of the engine that raised, and with it the requests that it served."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"the step that served it failed: {type(cause).__name__}: {cause}")
+        self.__cause__ = cause
+
+
+@runtime_checkable
+class Guide(Protocol):
+    """What restricts a request's tokens, such as a grammar; asked between steps, never at once.
+
+    error: why it could not go on, where it ended a text that is not complete.
+    """
+
+    error: str | None
+
+    def allowed(self, ahead: Sequence[int]) -> Tensor | None:
+        """Which tokens [vocab], bool, may follow the text so far and then `ahead`.
+
+        None where these do not fit, so that what follows is of no interest.
+        """
+        ...
+
+    def advance(self, tokens: Sequence[int]) -> bool:
+        """Take tokens that were drawn; whether the text is complete with them."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to continue; `tokens` are its ids.
+
+    eos: ids that end the text, None for the tokenizer's. stops: strings that do. Before
+    `min_new_tokens` neither counts, and eos are not drawn. bias: added to the logits of tokens.
+    logprobs: how many of the likeliest tokens to tell beside each that was drawn (None: nothing);
+    prompt_logprobs: of those of the prompt. marks: lengths of the prompt at which a message ends,
+    where its state is worth keeping. deadline: seconds on time.monotonic(). priority: the lower the
+    sooner. cache: whether prefixes may be looked up and kept.
+    """
+
+    tokens: tuple[int, ...]
+    max_new_tokens: int = 64
+    sampling: Sampling = GREEDY
+    eos: tuple[int, ...] | None = None
+    stops: tuple[str, ...] = ()
+    min_new_tokens: int = 0
+    keep_stop: bool = False
+    skip_special_tokens: bool = True
+    bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    guide: Guide | None = None
+    marks: tuple[int, ...] = ()
+    priority: int = 0
+    deadline: float | None = None
+    cache: bool = True
+    id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token's log probability under the model, and the likeliest in its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What became certain of a request in one step; `finish` is set on the last.
+
+    tokens: new ones, eos included. text: theirs, as far as no stop string may begin in it.
+    cached: tokens of the prompt that a cached prefix spared. made: new tokens so far. stopped_by:
+    the stop string or eos that ended it. error: what went wrong, where finish is "error".
+    """
+
+    id: str
+    tokens: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[Logprob, ...] = ()
+    prompt_logprobs: tuple[Logprob, ...] = ()
+    prompt: int = 0
+    cached: int = 0
+    made: int = 0
+    finish: str | None = None
+    stopped_by: str | int | None = None
+    error: Exception | None = None
+    acceptance: Acceptance = NONE
+
+
+def check(request: Request, vocab: int, capacity: int) -> None:
+    """Raise InputError unless an engine of this capacity and vocabulary can serve it."""
+    counts = {"max_new_tokens": request.max_new_tokens, "min_new_tokens": request.min_new_tokens}
+    for name, count in counts.items():
+        if type(count) is not int or count < 0:
+            raise InputError(f"{name} must be an integer >= 0, got {count!r}")
+    if request.min_new_tokens > request.max_new_tokens:
+        raise InputError(
+            f"min_new_tokens = {request.min_new_tokens} must not exceed max_new_tokens = "
+            f"{request.max_new_tokens}"
+        )
+    if not request.tokens:
+        raise InputError("empty prompt: give at least one token")
+    for name, ids in (
+        ("tokens", request.tokens),
+        ("bias", request.bias),
+        ("eos", request.eos or ()),
+    ):
+        for token in ids:
+            if type(token) is not int or not 0 <= token < vocab:
+                raise InputError(
+                    f"{name}: {token!r} is no token id: the vocabulary is 0..{vocab - 1}"
+                )
+    if not all(value == value for value in request.bias.values()):
+        raise InputError("bias: every value must be a number, got NaN")
+    if "" in request.stops:
+        raise InputError("stops: an empty string stops nothing; leave it out")
+    for name, most in (
+        ("logprobs", request.logprobs),
+        ("prompt_logprobs", request.prompt_logprobs),
+    ):
+        if most is not None and not 0 <= most <= vocab:
+            raise InputError(f"{name} must lie in 0..{vocab}, got {most}")
+    if not request.max_new_tokens and request.prompt_logprobs is None:
+        raise InputError("max_new_tokens = 0 asks for nothing, unless prompt_logprobs is given")
+    need = len(request.tokens) + request.max_new_tokens
+    if need > capacity:
+        raise ContextError(len(request.tokens), request.max_new_tokens, capacity)
+
+
+class ContextError(InputError):
+    """A prompt that leaves no room for what is asked."""
+
+    def __init__(self, prompt: int, new: int, capacity: int) -> None:
+        self.prompt, self.new, self.capacity = prompt, new, capacity
+        super().__init__(
+            f"the capacity is {capacity} tokens, but the prompt has {prompt} and {new} more are "
+            f"asked for: shorten the prompt, or ask for at most {max(capacity - prompt, 0)}"
+        )

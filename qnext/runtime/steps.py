@@ -1,0 +1,137 @@
+"""The compiled steps of an engine: pure functions, for some batch sizes and chunk lengths."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int, Int64
+from torch import Tensor
+from tqdm import tqdm
+
+from qnext.functional.blocks import unembed
+from qnext.functional.model import decode, trunk
+from qnext.functional.params import Params
+from qnext.functional.sampling import Knobs
+from qnext.functional.speculate import draft, verify_line
+from qnext.functional.state import State
+from qnext.lowering.compiled import Compiled
+from qnext.lowering.stages import jit
+from qnext.lowering.target import Target, resolve
+from qnext.shapes import Shaped
+
+
+def consume(
+    params: Shaped[Params],
+    state: Shaped[State],
+    tokens: Int[Tensor, "batch seq"],
+    lengths: Int[Tensor, " batch"],
+) -> tuple[Bool[Tensor, " batch"], Shaped[State]]:
+    """Consume `lengths` tokens of each row; whether the hidden state of its last is finite."""
+    hidden, state = trunk(params, state, tokens, lengths)
+    last = (lengths - 1).clamp(min=0).long()[:, None, None]
+    return hidden.take_along_dim(last, dim=1).isfinite().all(-1).squeeze(1), state
+
+
+def score(
+    params: Shaped[Params],
+    state: Shaped[State],
+    tokens: Int[Tensor, "batch seq"],
+    lengths: Int[Tensor, " batch"],
+) -> tuple[Float[Tensor, "batch seq vocab"], Shaped[State]]:
+    """Consume `lengths` tokens of each row; logits after every one of them."""
+    hidden, state = trunk(params, state, tokens, lengths)
+    return unembed(params, hidden), state
+
+
+def guess(
+    params: Shaped[Params],
+    state: Shaped[State],
+    tokens: Int64[Tensor, " batch"],
+    drafted: int,
+    settings: Shaped[Knobs] | None,
+) -> tuple[Int64[Tensor, "batch drafted"], Shaped[State]]:
+    """Guess what follows tokens that are not consumed yet, with the MTP module."""
+    return draft(params, state, tokens, drafted, settings)
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "consume": consume,
+    "score": score,
+    "decode": decode,
+    "guess": guess,
+    "verify": verify_line,
+}
+
+
+class Steps:
+    """Steps by name and shape, compiled when they are first called for, or by `warm`.
+
+    Each donates its state. A call must come with arguments of a bucket's shape: see `batch_of` and
+    `seq_of`. On NPU targets steps are captured, into one memory pool. Raises what `lower` and
+    `compile` raise: LoweringError, TargetError.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        target: str | Target = "cpu",
+        strict: bool = False,
+        batches: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
+        seqs: Sequence[int] = (16, 64, 256),
+    ) -> None:
+        self.params, self.strict = params, strict
+        self.target = resolve(target) if isinstance(target, str) else target
+        self.batches, self.seqs = sorted(set(batches)), sorted(set(seqs))
+        self._wrapped = {name: jit(f, donate="state") for name, f in FUNCTIONS.items()}
+        self._made: dict[Any, Any] = {}
+        self._pool: Any = None
+
+    def batch_of(self, rows: int) -> int:
+        """The least bucket that takes so many rows."""
+        return next(batch for batch in self.batches if batch >= rows)
+
+    def seq_of(self, tokens: int) -> int:
+        """The least bucket that takes so many tokens a row."""
+        return next(seq for seq in self.seqs if seq >= tokens)
+
+    def most_rows(self, seq: int) -> int:
+        """Rows of so many tokens in one call: together no more than one row of the longest."""
+        most = max(self.seqs[-1] // seq, 1)
+        return max(batch for batch in self.batches if batch <= most)
+
+    def __call__(self, name: str, state: State, *rest: Any) -> Any:
+        """The step's results for exactly these shapes; the state is used up."""
+        return self._step(name, state, rest)(self.params, state, *rest)
+
+    @property
+    def made(self) -> list[Compiled]:
+        """What has been compiled so far, to be asked what became of it."""
+        return [getattr(step, "compiled", step) for step in self._made.values()]
+
+    def warm(self, calls: Sequence[tuple[Any, ...]], progress: bool = False) -> None:
+        """Compile the steps of calls (name, state, *rest), of which nothing is computed."""
+        for name, state, *rest in tqdm(calls, desc="steps", unit="step", disable=not progress):
+            self._step(name, state, rest)
+
+    def _step(self, name: str, state: State, rest: Sequence[Any]) -> Any:
+        shapes = tuple(a.shape if isinstance(a, Tensor) else _form(a) for a in rest)
+        key = (name, state.lengths.shape, state.block_table.shape, shapes)
+        step = self._made.get(key)
+        if step is None:
+            step = self._made[key] = self._compile(name, (self.params, state, *rest))
+        return step
+
+    def _compile(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        with torch.no_grad():
+            lowered = self._wrapped[name].trace(*arguments).lower(self.target, self.strict)
+            compiled = lowered.compile()
+            if compiled.lowered.target.kind != "npu":
+                return compiled
+            captured = compiled.capture(*arguments, pool=self._pool)
+        self._pool = captured.pool
+        return captured
+
+
+def _form(value: Any) -> Any:
+    """What tells arguments apart that are no tensors: a number, or whether there are settings."""
+    return value if isinstance(value, int) or value is None else type(value)

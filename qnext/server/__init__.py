@@ -1,0 +1,1 @@
+"""An OpenAI-shaped HTTP server over the engine of `qnext.runtime`; needs the extra `serve`."""

@@ -1,0 +1,205 @@
+"""`qnext serve`: its options, and what they make."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qnext.errors import InputError
+from qnext.lowering.target import TARGETS
+from qnext.runtime.options import Options
+
+if TYPE_CHECKING:
+    from qnext.server.host import Ready
+
+EXAMPLES = """\
+examples:
+  qnext serve                                           the demo, on http://127.0.0.1:8000
+  qnext serve Qwen3-Next-80B-W8A8 --draft 1 --target npu:910b --rows 32 --capacity 32768
+  qnext serve --port 8080 --api-key-file keys.txt --address 0.0.0.0
+  curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"messages": [{"role": "user", "content": "Who are you?"}]}'
+
+Open / in a browser to chat. The first Ctrl-C (or SIGTERM) lets answers under way finish and takes
+no new ones; the second ends at once. docs/serving.md tells more.
+"""
+
+
+def add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    verb = verbs.add_parser(
+        "serve",
+        help="answer over HTTP, as OpenAI's API does",
+        description="An HTTP server with OpenAI's API: completions, chat, tools, grammars, "
+        "metrics, and a page to chat on. Needs the extra: pip install 'qnext[serve]'.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="checkpoint directory")
+    verb.add_argument("--name", help="what clients call the model (default: its directory's name)")
+    verb.add_argument("--dtype", help="compute in (default: as stored; the demo: float32)")
+    _add_engine(verb)
+    _add_listening(verb)
+
+
+def _add_engine(verb: argparse.ArgumentParser) -> None:
+    group = verb.add_argument_group("engine")
+    default = Options()
+    group.add_argument(
+        "--target", choices=TARGETS, default="cpu", help="what steps are lowered for (default: cpu)"
+    )
+    group.add_argument("--strict", action="store_true", help="an error where a rule takes no site")
+    group.add_argument(
+        "--capacity",
+        type=int,
+        default=default.capacity,
+        metavar="N",
+        help=f"tokens of one conversation, prompt and answer (default: {default.capacity})",
+    )
+    group.add_argument(
+        "--rows",
+        type=int,
+        default=default.rows,
+        metavar="N",
+        help=f"requests that run at once (default: {default.rows})",
+    )
+    group.add_argument(
+        "--pages", type=int, metavar="N", help="pages of 128 tokens, for all of them together"
+    )
+    group.add_argument(
+        "--draft", type=int, default=0, metavar="K", help="guess K tokens ahead (default: 0)"
+    )
+    group.add_argument(
+        "--chunk",
+        type=int,
+        default=default.chunk,
+        metavar="N",
+        help="tokens of prompts in one step, so how long decoding waits at most "
+        f"(default: {default.chunk})",
+    )
+    group.add_argument(
+        "--cache-bytes",
+        type=int,
+        default=default.cache_bytes,
+        metavar="B",
+        help=f"states kept for prompts that begin alike; 0: none (default: {default.cache_bytes})",
+    )
+    group.add_argument(
+        "--snapshot-every",
+        type=int,
+        default=default.snapshot_every,
+        metavar="N",
+        help="tokens between these states, beside those at ends of messages "
+        f"(default: {default.snapshot_every})",
+    )
+    group.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="keep them in files, too, over restarts"
+    )
+    group.add_argument(
+        "--max-waiting",
+        type=int,
+        default=default.max_waiting,
+        metavar="N",
+        help=f"requests that may wait; more are refused, 429 (default: {default.max_waiting})",
+    )
+    group.add_argument("--no-warm", action="store_true", help="compile steps when first needed")
+
+
+def _add_listening(verb: argparse.ArgumentParser) -> None:
+    group = verb.add_argument_group("listening")
+    group.add_argument("--address", default="127.0.0.1", help="default: 127.0.0.1, this machine")
+    group.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any free one")
+    group.add_argument("--api-key", action="append", default=[], metavar="KEY", help="repeatable")
+    group.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key a line")
+    group.add_argument("--cors-origin", action="append", default=[], metavar="URL")
+    group.add_argument(
+        "--timeout", type=float, metavar="S", help="seconds a request may take (default: any)"
+    )
+    group.add_argument("--max-body", type=int, default=16 << 20, metavar="B", help="bytes")
+    group.add_argument(
+        "--drain", type=float, default=60.0, metavar="S", help="seconds to finish after a signal"
+    )
+    group.add_argument("--log-json", action="store_true", help="a JSON object a line")
+    group.add_argument("--quiet", action="store_true", help="no line for each request")
+    verb.set_defaults(run=run_serve)
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Serve until a signal; returns the exit status."""
+    try:
+        from qnext.server.host import Host
+        from qnext.server.run import Listening, serve
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"qnext serve needs {error.name}, of its extra: pip install 'qnext[serve]'"
+        ) from error
+    options = Options(
+        rows=args.rows,
+        capacity=args.capacity,
+        pages=args.pages,
+        draft=args.draft,
+        chunk=args.chunk,
+        snapshot_every=args.snapshot_every,
+        cache_bytes=args.cache_bytes,
+        cache_dir=args.cache_dir,
+        max_waiting=args.max_waiting,
+        target=args.target,
+        strict=args.strict,
+    )
+    listening = Listening(
+        address=args.address,
+        port=args.port,
+        keys=_keys(args),
+        origins=tuple(args.cors_origin),
+        most_bytes=args.max_body,
+        drain_seconds=args.drain,
+        json_log=args.log_json,
+    )
+    _log(args.quiet, args.log_json)
+    name = args.name or (args.model.resolve().name if args.model else "demo")
+    return serve(Host(name, {"target": args.target}), _loader(args, options), listening)
+
+
+def _loader(args: argparse.Namespace, options: Options) -> "Callable[[], Ready]":
+    def load() -> "Ready":
+        from qnext.cli import load as load_model
+        from qnext.runtime.engine import Engine
+        from qnext.runtime.service import Service
+        from qnext.server.asked import Reader
+        from qnext.server.guide import Grammars
+        from qnext.server.host import Ready
+
+        params, tokenizer = load_model(args)
+        engine = Engine(params, tokenizer, options)
+        if not args.no_warm:
+            engine.warm(progress=sys.stderr.isatty())
+        vocab = params.config.vocab_size
+        grammars = Grammars(tokenizer, vocab)
+        reader = Reader(tokenizer, grammars, options.capacity, vocab, args.timeout)
+        ready = Ready(Service(engine), tokenizer, reader)
+        print(f"qnext: serving on http://{args.address}:{args.port}", file=sys.stderr, flush=True)
+        return ready
+
+    return load
+
+
+def _keys(args: argparse.Namespace) -> tuple[str, ...]:
+    keys = list(args.api_key)
+    if args.api_key_file:
+        keys += args.api_key_file.read_text(encoding="utf-8").split()
+        if not keys:
+            raise InputError(f"{args.api_key_file}: has no key; write one a line")
+    if any(not key for key in keys):
+        raise InputError("--api-key: is empty; leave it out to serve without keys")
+    return tuple(keys)
+
+
+def _log(quiet: bool, json_lines: bool) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        logging.Formatter("%(message)s" if json_lines else "%(asctime)s %(message)s")
+    )
+    logger = logging.getLogger("qnext")
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)

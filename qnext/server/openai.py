@@ -1,0 +1,66 @@
+"""OpenAI's routes: models, completions, chat completions."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from qnext.server.chat import Chat
+from qnext.server.completions import Completions
+from qnext.server.errors import ApiError
+from qnext.server.host import Host, Watch, answered, attended, streamed
+from qnext.server.native import host_of
+from qnext.server.schema import ChatRequest, CompletionRequest
+
+router = APIRouter(prefix="/v1")
+
+
+def _card(host: Host) -> dict[str, Any]:
+    card = {"id": host.model, "object": "model", "created": host.created, "owned_by": "qnext"}
+    if host.ready is not None:
+        card["max_model_len"] = host.ready.service.engine.options.capacity
+    return card
+
+
+@router.get("/models")
+async def models(request: Request) -> dict[str, Any]:
+    """The one model that is served."""
+    return {"object": "list", "data": [_card(host_of(request))]}
+
+
+@router.get("/models/{model_id:path}")
+async def model(request: Request, model_id: str) -> dict[str, Any]:
+    """That model, by its name."""
+    host = host_of(request)
+    if model_id != host.model:
+        raise ApiError(
+            404,
+            f"there is no model {model_id!r} here; this server has {host.model!r}",
+            param="model",
+            code="model_not_found",
+        )
+    return _card(host)
+
+
+@router.post("/completions")
+async def completions(request: Request, asked: CompletionRequest) -> Response:
+    """Continue one prompt or several, given as text or as tokens."""
+    host = host_of(request)
+    ready = host.model_for(asked.model)
+    wanted = ready.reader.completion(asked)
+    made = Completions(ready, asked, wanted, host.head("cmpl"), Watch(host, request))
+    if asked.stream:
+        return await streamed(request, made.chunks())
+    return answered(await attended(request, made.whole()))
+
+
+@router.post("/chat/completions")
+async def chat_completions(request: Request, asked: ChatRequest) -> Response:
+    """Answer the last message of a conversation."""
+    host = host_of(request)
+    ready = host.model_for(asked.model)
+    prompt, wanted = ready.reader.chat(asked)
+    made = Chat(ready, asked, prompt, wanted, host.head("chatcmpl"), Watch(host, request))
+    if asked.stream:
+        return await streamed(request, made.chunks())
+    return answered(await attended(request, made.whole()))

@@ -1,0 +1,220 @@
+"""What clients may send, as pydantic models: OpenAI's fields, and vLLM's and SGLang's beside them.
+
+Unknown fields are let through, as routers and newer clients add their own. Types are strict where
+JSON is: "7" is no integer and 1 no boolean, but 7.0 is the integer 7.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+MOST_CHOICES, MOST_STOPS, MOST_LOGPROBS = 128, 64, 20
+INT64 = 2**63
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, bool | str):
+        raise ValueError("must be an integer")
+    if isinstance(value, float) and value != value // 1:
+        raise ValueError("must be an integer")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+Number = Annotated[float, Strict()]
+Flag = Annotated[bool, Strict()]
+Text = Annotated[str, Strict()]
+Count = Annotated[Int, Field(ge=1, le=INT64 - 1)]
+Token = Annotated[Int, Field(ge=0, le=2**31 - 1)]
+Tokens = Annotated[list[Token], Field(min_length=1)]
+Stops = Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=MOST_STOPS)]
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+
+
+class StreamOptions(Model):
+    include_usage: Flag | None = None
+    continuous_usage_stats: Flag | None = None
+
+
+class JsonSchema(Model):
+    name: Text | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: Flag | None = None
+
+
+class ResponseFormat(Model):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class Sampled(Model):
+    """What all requests for text have in common."""
+
+    model: Text | None = None
+    stream: Flag | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[Int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    seed: Annotated[Int, Field(ge=-INT64, lt=INT64)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=1e30)] | None = None
+    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[Int, Field(ge=-1, lt=INT64)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
+    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
+    stop: Annotated[Text, Field(min_length=1)] | Stops | None = None
+    stop_token_ids: list[Token] | None = None
+    min_tokens: Annotated[Int, Field(ge=0, lt=INT64)] | None = None
+    ignore_eos: Flag | None = None
+    skip_special_tokens: Flag | None = None
+    include_stop_str_in_output: Flag | None = None
+    priority: Annotated[Int, Field(ge=-INT64, lt=INT64)] | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | Text | None = None
+    guided_regex: Text | None = None
+    guided_choice: list[Text] | None = None
+    guided_grammar: Text | None = None
+    user: Text | None = None
+
+
+class CompletionRequest(Sampled):
+    """POST /v1/completions"""
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1)]
+    )
+    max_tokens: Annotated[Int, Field(ge=0, lt=INT64)] | None = 16
+    echo: Flag | None = None
+    logprobs: Annotated[Int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    suffix: None = None
+    best_of: Annotated[Int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    add_special_tokens: Flag | None = None
+
+
+class Part(Model):
+    type: Literal["text"]
+    text: Text
+
+
+class FunctionCall(Model):
+    name: Text
+    arguments: Text | dict[str, Any] | None = None
+
+
+class ToolCall(Model):
+    id: Text | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCall
+
+
+class Message(Model):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[Part] | None = None
+    reasoning_content: Text | None = None
+    name: Text | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Text | None = None
+
+
+class Function(Model):
+    name: Annotated[Text, Field(min_length=1, pattern=r"^[A-Za-z0-9_.\-]+$")]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Flag | None = None
+
+
+class Tool(Model):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Model):
+    name: Text
+
+
+class NamedTool(Model):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class ChatRequest(Sampled):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Annotated[Int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: Flag | None = None
+    separate_reasoning: Flag | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class SamplingParams(Model):
+    """SGLang's `sampling_params`."""
+
+    n: Annotated[Int, Field(ge=1, le=1)] | None = None  # choices, of which there is one
+    max_new_tokens: Annotated[Int, Field(ge=1, lt=INT64)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=1e30)] | None = None
+    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[Int, Field(ge=-1, lt=INT64)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
+    stop: Annotated[Text, Field(min_length=1)] | Stops | None = None
+    stop_token_ids: list[Token] | None = None
+    min_new_tokens: Annotated[Int, Field(ge=0, lt=INT64)] | None = None
+    ignore_eos: Flag | None = None
+    skip_special_tokens: Flag | None = None
+    sampling_seed: Annotated[Int, Field(ge=-INT64, lt=INT64)] | None = None
+    json_schema: Text | None = None
+    regex: Text | None = None
+
+
+class GenerateRequest(Model):
+    """POST /generate, as SGLang has it"""
+
+    text: Annotated[Text, Field(min_length=1)] | None = None
+    input_ids: Tokens | None = None
+    sampling_params: SamplingParams | None = None
+    stream: Flag | None = None
+    rid: Text | None = None
+
+
+class TokenizeRequest(Model):
+    """POST /tokenize"""
+
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: Flag | None = None
+    add_generation_prompt: Flag | None = None
+
+
+class DetokenizeRequest(Model):
+    """POST /detokenize"""
+
+    tokens: list[Token]
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """What every refusal and failure looks like."""
+
+    error: ErrorDetail

@@ -1,0 +1,149 @@
+"""What fails harms nobody else: NaN in a state, a step that raises, a worker that breaks."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from qnext.functional.state import State
+from qnext.functional.tree import leaves
+from qnext.runtime.engine import Engine
+from qnext.runtime.request import CorruptedError, Output, Request, StepError
+from qnext.runtime.steps import Steps
+from qnext.runtime.work import Done, Work
+from tests.runtime.engines import VOCAB, alone, ends_of, engine, is_clean, serve
+
+REQUESTS = [
+    Request(tokens=tuple((k * i + 1) % VOCAB for i in range(20 * k)), max_new_tokens=30, eos=())
+    for k in (1, 2, 3, 7, 9)
+]
+
+
+def started(served: Engine, requests: Sequence[Request], steps: int) -> list[list[Output]]:
+    """Requests under way: so many steps have been launched."""
+    outputs: list[list[Output]] = [[] for _ in requests]
+    for request, into in zip(requests, outputs, strict=True):
+        served.submit(request, into.append)
+    for _ in range(steps):
+        served.step()
+    return outputs
+
+
+def others_are_unharmed(outputs: Sequence[Sequence[Output]], harmed: Sequence[int]) -> None:
+    wanted = alone(engine(), REQUESTS)
+    for number, (mine, theirs) in enumerate(zip(outputs, wanted, strict=True)):
+        if number not in harmed:
+            assert ends_of(mine) == ends_of(theirs)
+        else:
+            assert mine[-1].finish == "error"
+
+
+@pytest.mark.parametrize(
+    ("draft", "pool"), [(0, "recurrent"), (0, "window"), (0, "key"), (2, "recurrent")]
+)
+def test_nan_in_one_state(draft: int, pool: str) -> None:
+    served = engine(draft)
+    outputs = started(served, REQUESTS[:3], 9)
+    served.worker._blur()  # what decodes is laid out anew from the tables of all rows
+    row = 1
+    (victim,) = [s for s in served.board.running.values() if s.place == row]
+    state = served.worker.state
+    if pool == "recurrent":
+        state.layers[0].recurrent[state.slots[row, 0].long()] = torch.nan
+    elif pool == "window":
+        state.layers[0].window[state.rows[row].long()] = torch.nan
+    else:
+        state.layers[1].key[victim.pages[0], 3] = torch.nan
+    for request in REQUESTS[3:]:  # these get the row and the pages afterwards
+        outputs.append([])
+        served.submit(request, outputs[-1].append)
+    served.run()
+    number = next(i for i, r in enumerate(REQUESTS) if r.id == victim.request.id)
+    others_are_unharmed(outputs, [number])
+    assert isinstance(outputs[number][-1].error, CorruptedError)
+    assert served.stats.corrupted == 1
+    assert is_clean(served)
+    # what was given back holds numbers again
+    pools = [*served.worker.state.layers, *served.worker.state.mtp]
+    assert all(leaf[1:].isfinite().all() for leaf in leaves(pools))
+
+
+class Broken(Steps):
+    """Steps of which the n-th call by a name raises."""
+
+    def __init__(self, steps: Steps, name: str, at: int) -> None:
+        self.__dict__.update(steps.__dict__)
+        self.name, self.left = name, at
+
+    def __call__(self, name: str, state: State, *rest: Any) -> Any:
+        if name == self.name:
+            self.left -= 1
+            if self.left == 0:
+                raise RuntimeError("planted")
+        return super().__call__(name, state, *rest)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["waits", "overlaps"])
+@pytest.mark.parametrize(
+    ("draft", "name"), [(0, "decode"), (0, "consume"), (2, "guess"), (2, "verify")]
+)
+def test_a_step_that_raises(draft: int, name: str, overlap: bool) -> None:
+    """Its own rows fail and say why; those who wait, or are in the step's other calls, do not."""
+    served = engine(draft, overlap=overlap)
+    served.worker.steps = Broken(served.steps, name, at=6)
+    outputs = serve(served, REQUESTS)
+    harmed = [i for i, each in enumerate(outputs) if each[-1].finish == "error"]
+    assert 0 < len(harmed) < len(REQUESTS)
+    others_are_unharmed(outputs, harmed)
+    for number in harmed:
+        error = outputs[number][-1].error
+        assert isinstance(error, StepError) and "RuntimeError: planted" in str(error)
+    assert served.stats.failed_steps == 1
+    assert is_clean(served)
+    served.close()
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["waits", "overlaps"])
+def test_a_worker_that_breaks(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ran is lost, whoever waited is served, and the pools are new."""
+    served = engine(overlap=overlap)
+    outputs = started(served, REQUESTS, 6)
+    before = served.worker.state
+    run, left = served.worker.run, [1]
+
+    def broken(work: Work) -> Done:
+        if left.pop() if left else 0:
+            raise MemoryError("planted")
+        return run(work)
+
+    monkeypatch.setattr(served.worker, "run", broken)
+    served.run()
+    harmed = [i for i, each in enumerate(outputs) if each[-1].finish == "error"]
+    assert 0 < len(harmed) < len(REQUESTS)
+    others_are_unharmed(outputs, harmed)
+    assert served.worker.state.layers[0][0].data_ptr() != before.layers[0][0].data_ptr()
+    assert is_clean(served)
+    served.close()
+
+
+def test_aborting_at_any_moment_leaks_nothing() -> None:
+    """Waiting, reading, decoding, being swapped out, swapped out."""
+    for moment in range(0, 60, 3):
+        served = engine()
+        long = [replace(r, max_new_tokens=150, priority=i % 2) for i, r in enumerate(REQUESTS)]
+        outputs = started(served, long, moment)
+        for sequence in served.board.known():
+            served.abort(sequence)
+        served.run()
+        assert all(each[-1].finish in ("abort", "length") for each in outputs)
+        assert is_clean(served)
+
+
+def test_closing_ends_everybody() -> None:
+    served = engine(overlap=True)
+    outputs = started(served, REQUESTS, 5)
+    served.close()
+    assert [each[-1].finish for each in outputs] == ["closed"] * len(REQUESTS)
+    assert not served.busy
