@@ -126,12 +126,12 @@ def wipe(state: State, row: int, pages: Sequence[int]) -> None:
 
 def as_state(config: Config, kept: Kept, length: int) -> State:
     """The value as a state of its own with one sequence; it must hold all pages of `length`."""
-    like = leaves(kept.layers)[0]
-    dtype = next((pool.key.dtype for pool in kept.layers if isinstance(pool, KV)), like.dtype)
+    first = kept.layers[0]
+    like = first.key if isinstance(first, KV) else first.window
     pages = pages_of(length)
     draft = int(bool(kept.mtp))
     room = max(pages, 1) * PAGE
-    state = init_state(config, 1, room, dtype=dtype, device=like.device, draft=draft)
+    state = init_state(config, 1, room, dtype=like.dtype, device=like.device, draft=draft)
     put(state, 0, range(1, pages + 1), kept)
     lengths = torch.full_like(state.lengths, length)
     return state._replace(lengths=lengths, mtp_lengths=(lengths - 1).clamp(min=0) * draft)

@@ -122,7 +122,7 @@ class _Ledger:
         self.rows, self.pages, self.ahead = budget.rows, budget.pages, budget.ahead
         self.running = sorted(running, key=_order)
         self.gone: list[Job] = []
-        self.grown: dict[int, int] = {}
+        self.grown: dict[int, int] = {}  # pages for this step's tokens, by who will take them
 
     def remove(self, job: Job) -> None:
         self.running.remove(job)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -119,6 +119,17 @@ class Output:
     stopped_by: str | int | None = None
     error: Exception | None = None
     acceptance: Acceptance = NONE
+
+
+def joined(first: Output, then: Output) -> Output:
+    """Two outputs of a request, one after the other, as one."""
+    return replace(
+        then,
+        tokens=first.tokens + then.tokens,
+        text=first.text + then.text,
+        logprobs=first.logprobs + then.logprobs,
+        prompt_logprobs=first.prompt_logprobs + then.prompt_logprobs,
+    )
 
 
 def check(request: Request, vocab: int, capacity: int) -> None:

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from qnext.runtime.engine import Engine
-from qnext.runtime.request import Output, RefusedError, Request
+from qnext.runtime.request import Output, RefusedError, Request, joined
 from qnext.runtime.sequence import Sequence as Served
 
 log = logging.getLogger("qnext")
@@ -55,7 +55,10 @@ class Service:
             self._abort(sequence)
 
     async def astream(self, request: Request) -> AsyncGenerator[Output, None]:
-        """The outputs of a request, on the running event loop."""
+        """The outputs of a request, on the running event loop.
+
+        Where the loop cannot keep up with the steps, those that wait for it come as one.
+        """
         outputs: asyncio.Queue[Output] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         deliver = outputs.put_nowait
@@ -65,6 +68,8 @@ class Service:
         try:
             while True:
                 output = await outputs.get()
+                while not outputs.empty():
+                    output = joined(output, outputs.get_nowait())
                 yield output
                 if output.finish:
                     return

@@ -106,7 +106,7 @@ class Steps:
     @property
     def made(self) -> list[Compiled]:
         """What has been compiled so far, to be asked what became of it."""
-        return [getattr(step, "compiled", step) for step in self._made.values()]
+        return [getattr(step, "compiled", step) for step in list(self._made.values())]
 
     def warm(self, calls: Sequence[tuple[Any, ...]], progress: bool = False) -> None:
         """Compile the steps of calls (name, state, *rest), of which nothing is computed."""

@@ -1,6 +1,6 @@
 """The ASGI application: routes, and what is answered where something is wrong."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -108,14 +108,28 @@ def _refuse(request: Request, error: Exception) -> Response:
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a body, by its place in it."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    """What is wrong with a body; of several things the one deepest in it, the first of those."""
+    each = [(_place(detail, error.body), detail) for detail in error.errors()]
+    place, first = max(each, key=lambda pair: len(pair[0]))
     if first["type"] == "json_invalid":
         return bad(f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     if not place and first["type"] != "string_unicode":  # that is of a name in it
         return bad("the body must be a JSON object, sent with Content-Type: application/json")
-    return bad(f"{place or 'body'}: {first['msg']}", place.split(".")[0] or None)
+    message = first["msg"].removeprefix("Value error, ")
+    return bad(f"{'.'.join(place) or 'body'}: {message}", place[0] if place else None)
+
+
+def _place(detail: Any, body: Any) -> list[str]:
+    """Where in a body something is wrong, without the names of types that pydantic tried there."""
+    place, missing = [], detail["type"] == "missing"
+    for part in detail["loc"][1:]:
+        inside: Any = range(len(body)) if isinstance(body, list) else body
+        if isinstance(inside, Mapping | range) and part in inside:
+            body = body[part]
+        elif not missing or part != detail["loc"][-1]:
+            continue
+        place.append(str(part))
+    return place
 
 
 def _silent(request: Request, error: Exception) -> Response:
@@ -133,5 +147,19 @@ def _document(app: FastAPI) -> dict[str, Any]:
                 operation["responses"].pop("422", None)
         for name in ("HTTPValidationError", "ValidationError"):
             schema.get("components", {}).get("schemas", {}).pop(name, None)
+        _mend_bounds(schema)
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+def _mend_bounds(schema: Any) -> None:
+    """Bounds of integers as integers: FastAPI makes floats of them, which round large ones."""
+    if isinstance(schema, list):
+        for each in schema:
+            _mend_bounds(each)
+    elif isinstance(schema, dict):
+        if schema.get("type") == "integer":
+            bounds = {name: value for name, value in schema.items() if isinstance(value, float)}
+            schema.update({name: int(value) for name, value in bounds.items()})
+        for each in schema.values():
+            _mend_bounds(each)

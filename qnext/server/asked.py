@@ -4,15 +4,18 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qnext.errors import InputError
 from qnext.functional.sampling import Sampling
 from qnext.runtime.request import ContextError, Guide, Request
 from qnext.server.errors import bad
 from qnext.server.guide import Grammars
 from qnext.server.parse import opens_reasoning
+from qnext.server.parse_tools import functions
 from qnext.server.schema import (
     ChatRequest,
     CompletionRequest,
@@ -25,12 +28,16 @@ from qnext.server.schema import (
 )
 from qnext.text import Tokenizer, TokenizerError
 
+GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 LEAST_TOP_P = 1e-9  # OpenAI's clients may send 0, which leaves the likeliest token
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads requests for one model. `seconds` is how long a request may take, None for ever."""
+    """Reads requests for one model, in any thread: long prompts and grammars take seconds.
+
+    `seconds` is how long a request may take, None for ever.
+    """
 
     tokenizer: Tokenizer
     grammars: Grammars
@@ -69,10 +76,8 @@ class Reader:
         ]
 
     def _encoded(self, text: str, field: str, special: bool = False) -> list[int]:
-        try:
+        with blaming(field):
             tokens = self.tokenizer.encode(text, add_special_tokens=special)
-        except TokenizerError as error:
-            raise bad(f"{field}: {error}", field) from error
         if not tokens:
             raise bad(f"{field}: is empty; give at least one character", field)
         return tokens
@@ -100,6 +105,8 @@ class Reader:
         begun: with the opening of the assistant's next message.
         """
         tools = shown_tools(asked)
+        with blaming("tools"):
+            functions(tools or ())
         variables = dict(asked.chat_template_kwargs or {})
         for name in ("messages", "tools", "add_generation_prompt", "self"):
             if name in variables:
@@ -107,12 +114,13 @@ class Reader:
                     f"chat_template_kwargs: {name} is not the client's to set here",
                     "chat_template_kwargs",
                 )
-        text = self.tokenizer.render_chat(
-            [plain_message(message) for message in asked.messages],
-            tools=tools,
-            add_generation_prompt=begun,
-            **variables,
-        )
+        with blaming("messages"):
+            text = self.tokenizer.render_chat(
+                [plain_message(message) for message in asked.messages],
+                tools=tools,
+                add_generation_prompt=begun,
+                **variables,
+            )
         return text, self._encoded(text, "messages")
 
     def _tool_guide(self, asked: ChatRequest, prompt: str) -> Guide | None:
@@ -122,13 +130,18 @@ class Reader:
             return None
         if not asked.tools:
             raise bad("tool_choice needs tools", "tool_choice")
+        # a response_format is that of content, of which there is none
+        for name in GUIDED:
+            if getattr(asked, name) is not None:
+                raise bad(f"{name} and tool_choice prescribe the answer's form: give one", name)
         tools = [tool.model_dump(exclude_none=True) for tool in asked.tools]
         named = choice.function.name if isinstance(choice, NamedTool) else None
         if named is not None and named not in [tool.function.name for tool in asked.tools]:
             raise bad(f"tool_choice: tools has no function {named!r}", "tool_choice")
         parallel = asked.parallel_tool_calls is not False
         after = "</think>" if opens_reasoning(prompt) else None
-        return self.grammars.tool_calls(tools, named=named, parallel=parallel, after=after)
+        with blaming("tools"):
+            return self.grammars.tool_calls(tools, named=named, parallel=parallel, after=after)
 
     # ---- /generate
 
@@ -215,9 +228,7 @@ class Reader:
         """
         after = "</think>" if opens_reasoning(prompt) else None
         ways: dict[str, Any] = {
-            name: value
-            for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
-            if (value := getattr(asked, name)) is not None
+            name: value for name in GUIDED if (value := getattr(asked, name)) is not None
         }
         form = asked.response_format
         if form is not None and form.type != "text":
@@ -225,7 +236,8 @@ class Reader:
         if len(ways) > 1:
             raise bad(f"{' and '.join(ways)} prescribe the answer's form: give one", list(ways)[1])
         for name, value in ways.items():
-            return self._grammar(name, value, after)
+            with blaming(name):
+                return self._grammar(name, value, after)
         return None
 
     def _grammar(self, name: str, value: Any, after: str | None) -> Guide:
@@ -245,6 +257,15 @@ class Reader:
         if value.json_schema is None or value.json_schema.schema_ is None:
             raise bad("response_format: json_schema needs {schema: {...}}", "response_format")
         return grammars.json_schema(value.json_schema.schema_, after=after)
+
+
+@contextmanager
+def blaming(field: str) -> Iterator[None]:
+    """Tell which field an error comes from."""
+    try:
+        yield
+    except (InputError, TokenizerError) as error:
+        raise bad(str(error), field) from error
 
 
 def _scores(asked: CompletionRequest, room: int) -> bool:

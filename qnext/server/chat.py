@@ -15,7 +15,7 @@ from qnext.server.host import Ready, Watch
 from qnext.server.parse import Parser, assemble, opens_reasoning
 from qnext.server.parse_text import Arguments, CallBegun, Content, Event, Reasoning
 from qnext.server.schema import ChatRequest
-from qnext.server.streams import REASONS, Tally, outputs
+from qnext.server.streams import REASONS, Tally, outputs, stop_reason
 from qnext.text.spelling import token_bytes, token_text
 
 
@@ -118,8 +118,8 @@ class Chat:
         choice: dict[str, Any] = {"index": index, "finish_reason": finish, "logprobs": None}
         if self.asked.logprobs:
             choice["logprobs"] = {"content": logprobs, "refusal": None}
-        if output and output.finish == "stop":
-            choice["stop_reason"] = output.stopped_by
+        if output and output.finish:
+            choice["stop_reason"] = stop_reason(output, self.asked)
         return choice
 
     def _logprob(self, told: Logprob) -> dict[str, Any]:

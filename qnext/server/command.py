@@ -177,9 +177,7 @@ def _loader(args: argparse.Namespace, options: Options) -> "Callable[[], Ready]"
         vocab = params.config.vocab_size
         grammars = Grammars(tokenizer, vocab)
         reader = Reader(tokenizer, grammars, options.capacity, vocab, args.timeout)
-        ready = Ready(Service(engine), tokenizer, reader)
-        print(f"qnext: serving on http://{args.address}:{args.port}", file=sys.stderr, flush=True)
-        return ready
+        return Ready(Service(engine), tokenizer, reader)
 
     return load
 

@@ -8,7 +8,7 @@ from typing import Any
 from qnext.runtime.request import Logprob, Output, Request
 from qnext.server.host import Ready, Watch
 from qnext.server.schema import CompletionRequest
-from qnext.server.streams import REASONS, Tally, outputs
+from qnext.server.streams import REASONS, Tally, outputs, stop_reason
 from qnext.text.spelling import token_text
 
 LEAST_LOGPROB = -9999.0  # JSON has no -Infinity
@@ -89,7 +89,7 @@ class Completions:
             "text": text,
             "logprobs": logprobs,
             "finish_reason": REASONS.get(output.finish or ""),
-            "stop_reason": output.stopped_by if output.finish == "stop" else None,
+            "stop_reason": stop_reason(output, self.asked),
         }
 
     def _logprobs(self, choice: _Choice, output: Output) -> dict[str, list[Any]]:

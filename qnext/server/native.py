@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
 
 import qnext
 from qnext.runtime.request import Output
@@ -13,6 +14,7 @@ from qnext.runtime.request import Request as Asked
 from qnext.server.errors import bad
 from qnext.server.host import Host, Ready, Watch, answered, attended, streamed
 from qnext.server.schema import (
+    STREAMED,
     ChatRequest,
     DetokenizeRequest,
     GenerateRequest,
@@ -63,6 +65,7 @@ async def server_info(request: Request) -> dict[str, Any]:
         "running": len(board.running),
         "waiting": len(board.waiting),
         "generated": stats.generated,
+        "preempted": stats.preempted,
         "cache_queries": stats.cache_queries,
         "cache_hits": stats.cache_hits,
         "accepted": list(stats.acceptance.rates),
@@ -110,7 +113,7 @@ async def tokenizer_info(request: Request) -> dict[str, Any]:
 
 
 @router.post("/tokenize")
-async def tokenize(request: Request, asked: TokenizeRequest) -> dict[str, Any]:
+def tokenize(request: Request, asked: TokenizeRequest) -> dict[str, Any]:
     """The tokens of a text, or of a conversation as the template writes it."""
     ready = host_of(request).model_for(None)
     if (asked.prompt is None) == (asked.messages is None):
@@ -131,7 +134,7 @@ async def tokenize(request: Request, asked: TokenizeRequest) -> dict[str, Any]:
 
 
 @router.post("/detokenize")
-async def detokenize(request: Request, asked: DetokenizeRequest) -> dict[str, Any]:
+def detokenize(request: Request, asked: DetokenizeRequest) -> dict[str, Any]:
     """The text of tokens, special ones included."""
     ready = host_of(request).model_for(None)
     return {"prompt": ready.tokenizer.decode(asked.tokens, skip_special_tokens=False)}
@@ -140,12 +143,12 @@ async def detokenize(request: Request, asked: DetokenizeRequest) -> dict[str, An
 # ---- SGLang's /generate
 
 
-@router.post("/generate")
+@router.post("/generate", responses=STREAMED)
 async def generate(request: Request, asked: GenerateRequest) -> Response:
     """Text of a text or of tokens. Streamed, each event has all the text so far."""
     host = host_of(request)
     ready = host.model_for(None)
-    wanted = ready.reader.native(asked)
+    wanted = await run_in_threadpool(ready.reader.native, asked)
     watch = Watch(host, request)
     if asked.stream:
         return await streamed(request, _cumulative(ready, wanted, asked, watch))

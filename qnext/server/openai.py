@@ -4,13 +4,14 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
 
 from qnext.server.chat import Chat
 from qnext.server.completions import Completions
 from qnext.server.errors import ApiError
 from qnext.server.host import Host, Watch, answered, attended, streamed
 from qnext.server.native import host_of
-from qnext.server.schema import ChatRequest, CompletionRequest
+from qnext.server.schema import STREAMED, ChatRequest, CompletionRequest
 
 router = APIRouter(prefix="/v1")
 
@@ -42,24 +43,24 @@ async def model(request: Request, model_id: str) -> dict[str, Any]:
     return _card(host)
 
 
-@router.post("/completions")
+@router.post("/completions", responses=STREAMED)
 async def completions(request: Request, asked: CompletionRequest) -> Response:
     """Continue one prompt or several, given as text or as tokens."""
     host = host_of(request)
     ready = host.model_for(asked.model)
-    wanted = ready.reader.completion(asked)
+    wanted = await run_in_threadpool(ready.reader.completion, asked)
     made = Completions(ready, asked, wanted, host.head("cmpl"), Watch(host, request))
     if asked.stream:
         return await streamed(request, made.chunks())
     return answered(await attended(request, made.whole()))
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", responses=STREAMED)
 async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     """Answer the last message of a conversation."""
     host = host_of(request)
     ready = host.model_for(asked.model)
-    prompt, wanted = ready.reader.chat(asked)
+    prompt, wanted = await run_in_threadpool(ready.reader.chat, asked)
     made = Chat(ready, asked, prompt, wanted, host.head("chatcmpl"), Watch(host, request))
     if asked.stream:
         return await streamed(request, made.chunks())

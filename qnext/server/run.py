@@ -40,6 +40,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.host, self.drain_seconds = host, drain_seconds
         self._until: float | None = None
+        self._told = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         ready = self.host.ready
@@ -50,8 +51,17 @@ class Server(uvicorn.Server):
         ready.service.drain()
         log.info("draining: no more requests are taken; a second signal ends the server at once")
 
+    @property
+    def url(self) -> str:
+        """Where it listens; port 0 was any free one."""
+        port = self.servers[0].sockets[0].getsockname()[1]
+        return f"http://{self.config.host}:{port}"
+
     async def on_tick(self, counter: int) -> bool:
         ready = self.host.ready
+        if ready is not None and not self._told:
+            self._told = True
+            print(f"qnext: serving {self.host.model} on {self.url}", file=sys.stderr, flush=True)
         if self._until is not None and ready is not None:
             late = time.monotonic() > self._until
             if late:

@@ -9,6 +9,7 @@ from qnext.acceptance import NONE, Acceptance
 from qnext.runtime.request import Logprob, Output, Request
 from qnext.runtime.service import Service
 from qnext.server.errors import of_output
+from qnext.server.schema import Sampled
 
 
 async def outputs(
@@ -89,6 +90,12 @@ async def gathered(service: Service, requests: Sequence[Request]) -> list[Whole]
 
 
 REASONS = {"eos": "stop", "stop": "stop", "guide": "stop", "length": "length", "abort": "abort"}
+
+
+def stop_reason(output: Output, asked: Sampled) -> str | int | None:
+    """The stop string or token of stop_token_ids that ended a text; None where others did."""
+    given = output.finish == "stop" or output.stopped_by in (asked.stop_token_ids or ())
+    return output.stopped_by if given else None
 
 
 @dataclass

@@ -10,8 +10,8 @@ EOS, STOP, LENGTH = "eos", "stop", "length"
 class Continuation:
     """The text after a prompt; holds back what may become a stop string.
 
-    Ends with a token of `ends` (default: the tokenizer's eos ids), or before the first occurrence
-    of a string of `stops`, both only after `least` tokens; `finish` then says why. With
+    Ends with a token of `ends` (default: the tokenizer's eos ids), or before the string of `stops`
+    that is complete first, both only after `least` tokens; `finish` then says why. With
     `keep_stop` the stop string that ended it is part of the text.
     """
 
@@ -44,6 +44,8 @@ class Continuation:
 
     def end(self, reason: str) -> None:
         """Release what is held; a stop string may still hide in the last characters."""
+        if self.finish is not None:
+            return
         self._take(self.decoder.finish())
         if self.finish is None:
             self.ready, self.held, self.finish = self.ready + self.held, "", reason
@@ -54,10 +56,16 @@ class Continuation:
         return text
 
     def _take(self, text: str) -> None:
+        known = len(self.held)  # what was complete in there did not end it
         self.held += text
-        found = [(at, stop) for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        found = [
+            (at, stop)
+            for stop in self.stops
+            if (at := self.held.find(stop, max(known - len(stop) + 1, 0))) >= 0
+        ]
         if found and self.tokens >= self.least:  # before, stop strings are text like any other
-            at, stop = min(found, key=lambda pair: pair[0])
+            # the one that a character at a time would show first, however tokens split the text
+            at, stop = min(found, key=lambda pair: (pair[0] + len(pair[1]), pair[0]))
             self.ready += self.held[: at + len(stop) if self.keep_stop else at]
             self.held, self.finish, self.stopped_by = "", STOP, stop
             return

@@ -1,4 +1,4 @@
-"""A real `qnext serve` process, and public clients run against it in an environment of their own."""
+"""A real `qnext serve` process, and public clients in an environment of their own."""
 
 import os
 import signal
@@ -49,7 +49,7 @@ class Served:
         return True
 
 
-class serving:  # noqa: N801  a context manager, used as a verb
+class serving:
     """Run `qnext serve` while the block runs; SIGTERM must then end it with status 0."""
 
     def __init__(self, log: Path, *options: str) -> None:

@@ -23,7 +23,7 @@ def test_a_client_that_leaves_frees_its_row(check: str, server: Served) -> None:
     before = server.metric("vllm:generation_tokens_total")
     python(SCRIPT, server.url, check)
     assert server.free()
-    assert server.metric("vllm:generation_tokens_total") - before < 3000
+    assert server.metric("vllm:generation_tokens_total") - before < 4000
 
 
 @pytest.mark.parametrize("check", ["tool_loop", "authentication", "rate_limit"])

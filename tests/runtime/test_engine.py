@@ -22,17 +22,12 @@ from tests.runtime.engines import (
     tokens_of,
 )
 
+SLOW = [(0, False), (1, True), (2, False), (2, True)]
+
 
 @pytest.mark.parametrize(
     ("draft", "overlap"),
-    [
-        (0, True),
-        (2, False),
-        *(
-            pytest.param(*more, marks=pytest.mark.slow)
-            for more in ((0, False), (1, True), (2, True))
-        ),
-    ],
+    [(0, True), *(pytest.param(*more, marks=pytest.mark.slow) for more in SLOW)],
 )
 def test_a_request_is_the_same_alone_and_in_company(draft: int, overlap: bool) -> None:
     """Through chunks, cached prefixes, swaps, priorities and mates that are aborted; to the bit,

@@ -41,7 +41,13 @@ def others_are_unharmed(outputs: Sequence[Sequence[Output]], harmed: Sequence[in
 
 
 @pytest.mark.parametrize(
-    ("draft", "pool"), [(0, "recurrent"), (0, "window"), (0, "key"), (2, "recurrent")]
+    ("draft", "pool"),
+    [
+        (0, "recurrent"),
+        (0, "window"),
+        (0, "key"),
+        pytest.param(2, "recurrent", marks=pytest.mark.slow),
+    ],
 )
 def test_nan_in_one_state(draft: int, pool: str) -> None:
     served = engine(draft)
@@ -87,7 +93,12 @@ class Broken(Steps):
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["waits", "overlaps"])
 @pytest.mark.parametrize(
-    ("draft", "name"), [(0, "decode"), (0, "consume"), (2, "guess"), (2, "verify")]
+    ("draft", "name"),
+    [
+        (0, "decode"),
+        (0, "consume"),
+        *(pytest.param(2, name, marks=pytest.mark.slow) for name in ("guess", "verify")),
+    ],
 )
 def test_a_step_that_raises(draft: int, name: str, overlap: bool) -> None:
     """Its own rows fail and say why; those who wait, or are in the step's other calls, do not."""
@@ -128,6 +139,7 @@ def test_a_worker_that_breaks(overlap: bool, monkeypatch: pytest.MonkeyPatch) ->
     served.close()
 
 
+@pytest.mark.slow
 def test_aborting_at_any_moment_leaks_nothing() -> None:
     """Waiting, reading, decoding, being swapped out, swapped out."""
     for moment in range(0, 60, 3):

@@ -164,8 +164,11 @@ def test_the_least_recently_used_are_given_up_beyond_the_bytes() -> None:
     assert add(cache, (1, 2), 2)
     assert told[1:] == [(long[:265], [own[150][0], own[265][1]], 10)]
     assert (cache.bytes, cache.held, cache.pages.free) == (22, 0, 9)
+
+    assert add(cache, (3, 4, 5, 6), 28)
+    assert [len(tokens) for tokens, _, _ in told[2:]] == [100, 3]  # as many as must
     cache.clear()
-    assert [len(tokens) for tokens, _, _ in told[2:]] == [100, 3, 2]
+    assert [len(tokens) for tokens, _, _ in told[4:]] == [2, 4]
     assert (len(cache), cache.bytes, cache.held, cache.pages.free) == (0, 0, 0, 9)
 
 

@@ -34,7 +34,7 @@ def pairs(every: bool) -> list[tuple[int, int]]:
     ("draft", "every"),
     [
         (0, False),
-        (1, False),
+        pytest.param(1, False, marks=pytest.mark.slow),
         pytest.param(0, True, marks=pytest.mark.slow),
         pytest.param(2, True, marks=pytest.mark.slow),
     ],
@@ -84,6 +84,7 @@ def test_ends_of_messages_are_kept() -> None:
     assert [serve(served, [r])[0][-1].cached for r in (retried, another)] == [90, 20]
 
 
+@pytest.mark.slow
 def test_a_page_is_not_shared_where_the_next_token_differs() -> None:
     """What an MTP module keeps of a page's last token depends on the token after it."""
     served = engine(draft=2)
@@ -98,7 +99,7 @@ def test_a_page_is_not_shared_where_the_next_token_differs() -> None:
         assert mine[-1].acceptance == theirs[-1].acceptance
 
 
-@pytest.mark.parametrize("draft", [0, 1])
+@pytest.mark.parametrize("draft", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_snapshots_survive_a_restart(draft: int, tmp_path: Path) -> None:
     options = replace(OPTIONS, draft=draft, cache_dir=tmp_path, cache_bytes=1 << 24)
 

@@ -25,6 +25,8 @@ from qnext.embedded import PROBLEMS
 from qnext.errors import InputError
 from tests.server.fake import ACCEPTED, CACHED, INPUT, REJECTED, TOKENS, Fake, serve
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = """
 import argparse, sys
 from qnext.bench.command import add_bench

@@ -120,7 +120,7 @@ def _opened(path: Path) -> Library:
     ]
     if runtime := _openmp():
         threads = ctypes.CDLL(str(runtime))
-        library.qnext_use(threads.GOMP_parallel, threads.omp_get_num_threads)
+        library.qnext_use(threads.GOMP_parallel)
     return library
 
 

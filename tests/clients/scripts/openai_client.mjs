@@ -14,7 +14,7 @@ const parameters = {
   required: ["city"],
   additionalProperties: false,
 };
-const long = { model: "demo", prompt: "Tom has", max_tokens: 3000, ignore_eos: true };
+const long = { model: "demo", prompt: "Tom has", max_tokens: 4000, ignore_eos: true };
 
 const checks = {
   async chat() {
@@ -96,7 +96,7 @@ const checks = {
 
   async abort_whole() {
     const controller = new AbortController();
-    setTimeout(() => controller.abort(), 2000);
+    setTimeout(() => controller.abort(), 1000);
     const answer = client.completions.create(long, { signal: controller.signal });
     await assert.rejects(answer, OpenAI.APIUserAbortError);
   },
