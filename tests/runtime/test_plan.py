@@ -41,7 +41,7 @@ def case_of(sketch: Sketch) -> Case:
 
 
 @st.composite
-def sketches(draw: st.DrawFn, decode: bool = True) -> Sketch:
+def sketches(draw: st.DrawFn) -> Sketch:
     """Jobs at any point of their lives, and a budget too small for some of them.
 
     Those that read hold the pages of their whole prompt, those that decode those of what they have
@@ -51,13 +51,11 @@ def sketches(draw: st.DrawFn, decode: bool = True) -> Sketch:
     waiting, running = [], []
     for number, arrival in enumerate(draw(st.permutations(range(draw(st.integers(0, 7)))))):
         prompt = draw(st.sampled_from([0, 1, 100, 126, 127, 128, 129, 200, 256, 257, 450]))
-        more = draw(st.sampled_from([0, 1, 2, 100, 300]))
-        limit = max(prompt + more, 1)
+        limit = max(prompt + draw(st.sampled_from([0, 1, 2, 100, 300, 300])), 1)
+        full = pages_of(prompt) * 128
+        lengths = [0, prompt // 2, prompt, full - 1, full, limit - 1, limit]
+        length = max(min(draw(st.sampled_from(lengths)), limit), 0)
         runs = draw(st.booleans())
-        last = max(limit if decode or not runs else prompt - 1, 0)
-        length = min(draw(st.sampled_from([0, 50, 126, 127, 128, 255, 256, 300, 900])), last)
-        if runs and not decode and not prompt:
-            continue
         most = pages_of(min(max(length, prompt) + ahead, limit))
         pages = draw(st.integers(0, max(min(length, prompt) - 1, 0) // 128))
         if runs:
@@ -71,13 +69,13 @@ def sketches(draw: st.DrawFn, decode: bool = True) -> Sketch:
             "pages": pages,
             "own": draw(st.sampled_from([0, pages, max(pages - 1, 0)])) if runs else 0,
             "priority": draw(st.integers(0, 2)),
-            "deadline": draw(st.sampled_from([None, None, None, None, 0.5, 1.0, 1.5])),
+            "deadline": draw(st.sampled_from([None] * 9 + [0.5, 1.0, 1.5])),
             "marks": tuple(sorted(draw(st.sets(st.integers(1, 600), max_size=3)))),
         }
         (running if runs else waiting).append(job)
     budget = Budget(
         rows=draw(st.integers(0, 3)),
-        pages=draw(st.sampled_from([0, 0, 1, 2, 3, 9])),
+        pages=draw(st.sampled_from([0, 1, 2, 3, 9])),
         tokens=draw(st.sampled_from([1, 2, 3, 64, 256, 1000])),
         ahead=ahead,
         now=1.0,
@@ -313,7 +311,7 @@ def test_a_higher_priority_swaps_out_lower_ones_if_that_is_enough() -> None:
 
 def test_pages_for_tokens_that_will_not_be_drawn_are_free() -> None:
     """A job was to take the last page; it is swapped out, so another may."""
-    low = job(1, 9, length=128, pages=1, priority=1)
+    low = job(1, 9, length=128, pages=1, priority=1, more=300)
     made = plan([job(2, 9)], [low], Budget(rows=0, pages=1))
     assert (made.preempt, made.admit, made.prefill) == ((1,), (2,), (Chunk(2, 9),))
     made = plan([job(2, 9), job(3, 9)], [replace(low, own=1)], Budget(rows=1, pages=1))
