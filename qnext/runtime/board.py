@@ -1,7 +1,7 @@
 """Who has what: rows, pages and cached prefixes, and the next step's work. Touches no tensor."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qnext.runtime.kept import Kept, pages_of
 from qnext.runtime.options import Options
@@ -39,14 +39,14 @@ class Board:
     def __init__(self, options: Options, stats: Stats, spill: Spill | None = None) -> None:
         self.options, self.stats, self.spill = options, stats, spill
         self.ahead = options.draft + 1
+        self.waiting: dict[int, Sequence] = {}
         self.reset()
 
     def reset(self) -> None:
-        """Everything is free; who waits, waits on, but with nothing kept of it."""
+        """Everything is free, and nothing is cached; who waits, waits on."""
         self.pages = Pages(self.options.pool)
         on_evict = self._evicted if self.spill else None
         self.cache = PrefixCache(self.pages, self.options.cache_bytes, on_evict)
-        self.waiting: dict[int, Sequence] = getattr(self, "waiting", {})
         self.running: dict[int, Sequence] = {}
         self.leaving: dict[int, Sequence] = {}
         self._free = list(range(self.options.rows - 1, -1, -1))
@@ -85,9 +85,10 @@ class Board:
         """Plan a step and book it: rows and pages are given out as if it were done."""
         hits = self._hits()
         free = self.pages.free
+        # where it is not, pages need no counting
         scarce = free < pages_of(self.options.capacity) + self.options.rows
         made = plan(
-            [self._waiting_job(s, hits.get(n)) for n, s in self.waiting.items()],
+            [self._waiting_job(s, hits.get(n), scarce) for n, s in self.waiting.items()],
             [s.job(own=self._own(s) if scarce else 0) for s in self.running.values()],
             Budget(
                 rows=len(self._free),
@@ -102,31 +103,31 @@ class Board:
             self.remove(sequence)
         for number in made.preempt:
             self._swap_out(self.running[number])
-        puts = [self._admit(self.waiting[n], hits.get(n)) for n in made.admit]
-        for hit in hits.values():
-            self.pages.give_back(hit.pages)  # those who were admitted hold them now
+        admitted = [(self.waiting[n], hits.get(n)) for n in made.admit]
+        for _, hit in admitted:  # before room is made for any of them
+            self.pages.share(hit.pages if hit else ())
+        puts = [self._admit(*each) for each in admitted]
         course = self._course(made, tuple(put for put in puts if put))
         course.expired = expired
         return course
 
     def _hits(self) -> dict[int, Hit]:
-        """What the cache knows of those who may be admitted; the pages are held meanwhile."""
+        """What the cache knows of those who may be admitted."""
         found: dict[int, Hit] = {}
-        if not self._free:
-            return found
         line = sorted(self.waiting.values(), key=lambda s: (s.request.priority, s.number))
         for sequence in line[: len(self._free)]:
             if sequence.swapped is None and self.caches(sequence):
                 hit = self.cache.find(sequence.tokens, sequence.prompt - 1)
                 if hit:
-                    self.pages.share(hit.pages)
                     found[sequence.number] = hit
         return found
 
-    def _waiting_job(self, sequence: Sequence, hit: Hit | None) -> Job:
-        if hit:
-            return sequence.job(hit.length, len(hit.pages))
-        return sequence.job(sequence.length if sequence.swapped is not None else 0)
+    def _waiting_job(self, sequence: Sequence, hit: Hit | None, scarce: bool) -> Job:
+        job = sequence.job()
+        if hit is None:
+            return job
+        idle = sum(self.pages.holders(page) == 1 for page in hit.pages) if scarce else 0
+        return replace(job, length=hit.length, pages=len(hit.pages), idle=idle)
 
     def _own(self, sequence: Sequence) -> int:
         """Pages that no other sequence holds."""
@@ -134,14 +135,17 @@ class Board:
         return sum(pages.holders(page) - cache.holds(page) == 1 for page in sequence.pages)
 
     def _admit(self, sequence: Sequence, hit: Hit | None) -> Put | None:
-        """Give a sequence its row and pages; None, and it waits on, where they are not there."""
-        job = self._waiting_job(sequence, hit)
+        """Give a sequence its row and pages; None, and it waits on, where they are not there.
+
+        It holds the pages of its hit already.
+        """
+        shared = hit.pages if hit else []
+        job = self._waiting_job(sequence, hit, False)
         need = job.need(self.ahead)
         if not self.cache.make_room(need):
+            self.pages.give_back(shared)
             return None
         del self.waiting[sequence.number]
-        shared = hit.pages if hit else []
-        self.pages.share(shared)
         sequence.pages = [*shared, *self.pages.take(need)]
         sequence.place = self._free.pop()
         sequence.sent = sequence.length = job.length
@@ -175,11 +179,11 @@ class Board:
         """Have a running sequence's state taken out; it waits again once that is done."""
 
         def taken(result: Taken) -> None:
-            if self.leaving.pop(sequence.number, None) is None:
-                return  # it ended meanwhile
-            if result is not None:  # else it begins anew, which costs time only
+            # without a result the state is lost, and all who are leaving will be ended; one that is
+            # leaving no more has ended already
+            if result is not None and self.leaving.pop(sequence.number, None) is not None:
                 sequence.length, sequence.swapped = result
-            self.waiting[sequence.number] = sequence
+                self.waiting[sequence.number] = sequence
 
         self._first.append((Take(sequence.row, whole=True), taken))
         self.remove(sequence)

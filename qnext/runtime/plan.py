@@ -5,8 +5,8 @@
 A step is one call of decoding for all that decode and chunks of prompts, `budget.tokens` of them at
 most, so nobody who decodes waits for longer than that. Requests go by (priority, arrival), the
 lower the sooner. Nobody overtakes whoever is first in the line, so nobody starves; among prompts
-that are being read, half of the tokens go to the first in that order and the rest to whoever has
-been given least, so a long prompt does not hold up short ones.
+that are being read, half of the tokens go to the first in that order and the rest to those who have
+come least far, so a long prompt does not hold up short ones.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,8 @@ class Job:
 
     prompt: to be consumed before it decodes. length: consumed, at most, once all steps under way
     have run; of a waiting job, what a cached prefix or its swapped state will give it. pages: held
-    already, or shared with that prefix; own: those that no other sequence holds. limit: the longest
+    already, or shared with that prefix; own: those that no other sequence holds; idle: those that
+    only the cache holds, and that count as free until a waiting job is admitted. limit: the longest
     it can become. marks: lengths, in order, at which a chunk of its prompt must end, as its state
     is wanted there.
     """
@@ -34,6 +35,7 @@ class Job:
     length: int = 0
     pages: int = 0
     own: int = 0
+    idle: int = 0
     priority: int = 0
     deadline: float | None = None
     marks: tuple[int, ...] = ()
@@ -157,14 +159,18 @@ class _Ledger:
             if not self._has_room(job) and not self._make_room(job):
                 break
             self.rows -= 1
-            self.pages -= job.need(self.ahead)
+            self.pages -= self._cost(job)
             self.running.append(job)
             admitted.append(job)
         self.running.sort(key=_order)
         return admitted
 
+    def _cost(self, job: Job) -> int:
+        """Pages that are there for others no more once a waiting job is admitted."""
+        return job.need(self.ahead) + job.idle
+
     def _has_room(self, job: Job) -> bool:
-        return self.rows > 0 and job.need(self.ahead) <= self.pages
+        return self.rows > 0 and self._cost(job) <= self.pages
 
     def _make_room(self, job: Job) -> bool:
         """Swap out the last in the line who are of a lower priority, if that is enough."""
@@ -172,7 +178,7 @@ class _Ledger:
         rows, pages = self.rows, self.pages
         for count, victim in enumerate(lower, start=1):
             rows, pages = rows + 1, pages + victim.own + self.grown.get(victim.id, 0)
-            if rows > 0 and job.need(self.ahead) <= pages:
+            if rows > 0 and self._cost(job) <= pages:
                 for each in lower[:count]:
                     self.swap_out(each)
                 return True

@@ -71,19 +71,21 @@ class Sequence:
             request.guide,
         )
 
-    def job(self, hit_length: int = 0, hit_pages: int = 0, own: int = 0) -> Job:
-        """What planning is told; of a sequence that waits, what a hit would give it."""
+    def job(self, own: int = 0) -> Job:
+        """What planning is told of a sequence that runs, or that waits without a cached prefix."""
+        waits = self.place is None
         return Job(
-            self.number,
-            self.number,
-            self.prompt - 1,
-            self.limit,
-            hit_length if self.place is None else self.sent,
-            hit_pages if self.place is None else len(self.pages),
-            own,
-            self.request.priority,
-            self.request.deadline,
-            self.marks,
+            id=self.number,
+            arrival=self.number,
+            prompt=self.prompt - 1,
+            limit=self.limit,
+            # what a swapped state holds comes back with it
+            length=(self.length if self.swapped is not None else 0) if waits else self.sent,
+            pages=len(self.pages),
+            own=own,
+            priority=self.request.priority,
+            deadline=self.request.deadline,
+            marks=self.marks,
         )
 
 

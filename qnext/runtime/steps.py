@@ -115,7 +115,8 @@ class Steps:
 
     def _step(self, name: str, state: State, rest: Sequence[Any]) -> Any:
         shapes = tuple(a.shape if isinstance(a, Tensor) else _form(a) for a in rest)
-        key = (name, state.lengths.shape, state.block_table.shape, shapes)
+        pools = tuple(pool[0].shape for pool in state.layers)
+        key = (name, state.slots.shape, state.block_table.shape, pools, shapes)
         step = self._made.get(key)
         if step is None:
             step = self._made[key] = self._compile(name, (self.params, state, *rest))

@@ -178,3 +178,22 @@ def test_a_context_error_tells_the_numbers() -> None:
 def test_options_that_do_not_fit(change: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(OPTIONS, **change).check(params())
+
+
+def test_cached_pages_are_not_held_for_those_who_wait_behind() -> None:
+    """The first in the line needs the very pages that the second would share: it gets them."""
+    served = engine(pages=4, cache_bytes=1 << 24)
+    prompt = tuple((5 * i + 1) % VOCAB for i in range(300))
+    other = tuple((7 * i + 2) % VOCAB for i in range(450))
+    base = Request(tokens=prompt, max_new_tokens=2, eos=())
+    serve(served, [base])
+    requests = [replace(base, tokens=other), replace(base, tokens=(*prompt, 1, 2, 3))]
+    outputs: list[list] = [[] for _ in requests]
+    for request, into in zip(requests, outputs, strict=True):
+        served.submit(request, into.append)
+    for _ in range(200):  # `run` would not end where nobody is served
+        served.step()
+    assert [each[-1].finish for each in outputs] == ["length"] * 2
+    wanted = alone(engine(), requests)
+    assert [ends_of(each) for each in outputs] == [ends_of(each) for each in wanted]
+    assert is_clean(served)

@@ -12,7 +12,7 @@ from qnext.functional.tree import leaves
 from qnext.runtime.engine import Engine
 from qnext.runtime.request import CorruptedError, Output, Request, StepError
 from qnext.runtime.steps import Steps
-from qnext.runtime.work import Done, Work
+from qnext.runtime.work import Done, Take, Work
 from tests.runtime.engines import VOCAB, alone, ends_of, engine, is_clean, serve
 
 REQUESTS = [
@@ -137,6 +137,26 @@ def test_a_worker_that_breaks(overlap: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert served.worker.state.layers[0][0].data_ptr() != before.layers[0][0].data_ptr()
     assert is_clean(served)
     served.close()
+
+
+def test_a_worker_that_breaks_while_one_is_swapped_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had drawn is known, its state is lost: it ends, and is not begun in its middle."""
+    served = engine(rows=1)
+    outputs = started(served, [replace(REQUESTS[0], priority=1)], 9)
+    urgent: list[Output] = []
+    served.submit(REQUESTS[1], urgent.append)
+    run = served.worker.run
+
+    def broken(work: Work) -> Done:
+        if any(isinstance(each, Take) and each.whole for each in work.first):
+            raise MemoryError("planted")
+        return run(work)
+
+    monkeypatch.setattr(served.worker, "run", broken)
+    served.run()
+    assert served.stats.preempted == 1
+    assert outputs[0][-1].finish == "error"
+    assert isinstance(outputs[0][-1].error, StepError)
 
 
 @pytest.mark.slow

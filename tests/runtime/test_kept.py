@@ -338,6 +338,7 @@ def test_a_value_comes_back_from_a_file_to_the_bit(tmp_path: Path, length: int, 
     assert alone.lengths.tolist() == [length] and alone.block_table.numel() == max(
         pages_of(length), 1
     )
+    assert torch.equal(alone.mtp_lengths, state.mtp_lengths)
     qn.save_state(p, alone, tmp_path / "state.safetensors")
     loaded = qn.load_state(p, tmp_path / "state.safetensors")
     check_equal(of_state(loaded), kept)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qnext.functional.config import PAGE
 from qnext.runtime.plan import Budget, Chunk, Job, Plan, plan
 
 MANY = settings(deadline=None, max_examples=300)
@@ -333,3 +334,13 @@ def test_who_comes_back_goes_on_at_once() -> None:
     assert made == ((), (), (1, 2), (Chunk(2, 7),), (1,))
     begun = job(1, 100, length=60)
     assert plan([begun], [], Budget(rows=1, pages=1)).prefill == (Chunk(1, 40),)
+
+
+def test_idle_pages_of_a_hit_are_spent_once_it_is_admitted() -> None:
+    """They count as free for others until then, the first in the line among them."""
+    hit = Job(1, 1, prompt=3 * PAGE, limit=3 * PAGE + 9, length=2 * PAGE, pages=2, idle=2)
+    assert plan([hit], [], Budget(rows=1, pages=4)).admit == (1,)  # needs 2 beside them
+    assert plan([hit], [], Budget(rows=1, pages=3)).admit == ()
+    first = Job(0, 0, prompt=4 * PAGE - 9, limit=4 * PAGE)
+    assert plan([first, hit], [], Budget(rows=2, pages=4)).admit == (0,)
+    assert plan([first, hit], [], Budget(rows=2, pages=8)).admit == (0, 1)
