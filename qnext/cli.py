@@ -8,21 +8,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 import qnext as qn
 from qnext import doctor
+from qnext.arguments import add_draft, add_model, load
 from qnext.bench.command import add_bench
 from qnext.complete import Piece, complete
 from qnext.convert import convert
 from qnext.embedded import PROBLEMS
 from qnext.evaluate import evaluate, read_problems
 from qnext.functional.quantize import CHOICES
-from qnext.functional.speculate import check_module
 from qnext.server.command import add_serve
 from qnext.text import Tokenizer
 
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
 
 EXAMPLES = """\
@@ -85,7 +82,7 @@ def _add_generate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_model(verb)
+    add_model(verb)
     verb.add_argument("--prompt", metavar="TEXT", help="text to continue as it stands")
     verb.add_argument(
         "--chat",
@@ -106,7 +103,7 @@ def _add_generate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     verb.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
     )
-    _add_draft(verb)
+    add_draft(verb)
     verb.add_argument("--json", action="store_true", help="print one JSON object at the end")
     verb.set_defaults(run=run_generate)
 
@@ -120,7 +117,7 @@ def _add_eval(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         epilog=EVAL_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_model(verb)
+    add_model(verb)
     verb.add_argument(
         "--data", type=Path, default=PROBLEMS, metavar="FILE", help="default: the demo's problems"
     )
@@ -128,7 +125,7 @@ def _add_eval(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     verb.add_argument("--limit", type=int, metavar="N", help="ask only the first N problems")
     verb.add_argument("--batch", type=int, default=16, metavar="B", help="problems at a time")
     verb.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
-    _add_draft(verb)
+    add_draft(verb)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write figures and all answers")
     verb.set_defaults(run=run_eval)
 
@@ -172,39 +169,6 @@ def _add_doctor(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     verb.add_argument("--json", action="store_true", help="print one JSON object")
     verb.set_defaults(run=lambda args: doctor.run(args.json))
-
-
-def _add_model(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="checkpoint directory")
-    verb.add_argument(
-        "--dtype", choices=DTYPES, help="compute in (default: as stored; the demo: float32)"
-    )
-
-
-def _add_draft(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--draft",
-        type=int,
-        default=0,
-        metavar="K",
-        help="guess K tokens ahead with the checkpoint's MTP module and verify them in one call of "
-        "the model; in float32 no token changes. Acceptance is told at the end (default: 0)",
-    )
-
-
-def load(args: argparse.Namespace) -> tuple[qn.Params, Tokenizer]:
-    """Params and tokenizer of the command's model, which can draft where that is asked."""
-    if args.draft < 0:
-        raise qn.InputError(f"draft must be an integer >= 0, got {args.draft}")
-    dtype = DTYPES.get(args.dtype)
-    if args.model is None:
-        return qn.demo(dtype or torch.float32), qn.tokenizer()
-    qn.Config.from_hf(args.model)  # what can be refused at once is, before weights are read
-    tokenizer = qn.tokenizer(args.model)
-    params = qn.load(args.model, dtype=dtype)
-    if args.draft:
-        check_module(params)
-    return params, tokenizer
 
 
 def run_generate(args: argparse.Namespace) -> None:

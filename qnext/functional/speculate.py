@@ -180,10 +180,7 @@ def verify_line(
     What is beyond the capacity is not written, and `judge` never commits it. Rows without room work
     on scratch. Arguments are not checked: this is a part of a step.
     """
-    room = state.capacity - state.lengths
-    some = room > 0
-    at = torch.arange(line.shape[1], dtype=room.dtype, device=room.device)
-    line = line.where(at < room[:, None], 0)
+    line, some = _fitted(state, line), state.lengths < state.capacity
     scratch = state._replace(
         block_table=state.block_table.where(some[:, None], 0),
         slots=state.slots.where(some[:, None], 0),
@@ -204,9 +201,8 @@ def judge(
     draws: Drawing,
 ) -> tuple[Int64[Tensor, "batch seq"], Int[Tensor, " batch"], State]:
     """What `speculate` returns, given `state` before and what `verify_line` made of it."""
-    width, room = line.shape[1], state.capacity - state.lengths
-    at = torch.arange(width, dtype=room.dtype, device=room.device)
-    line = line.where(at < room[:, None], 0)
+    line, room = _fitted(state, line), state.capacity - state.lengths
+    at = torch.arange(line.shape[1], dtype=room.dtype, device=room.device)
     drawn = _draw_each(logits, state.lengths[:, None] + (at + 1), line, draws)
     missed = (drawn[:, :-1] != line[:, 1:]).to(room.dtype)
     right = (missed.cumsum(1) == 0).sum(1, dtype=room.dtype)
@@ -214,6 +210,13 @@ def judge(
     after = committed(pending, count)
     after = after._replace(accepted=after.accepted.where(room > 0, state.accepted))
     return drawn.where(at < count[:, None], -1), count, after
+
+
+def _fitted(state: State, line: Int64[Tensor, "batch seq"]) -> Int64[Tensor, "batch seq"]:
+    """A line with token 0 in the place of those that find no room, which may be anything."""
+    room = state.capacity - state.lengths
+    at = torch.arange(line.shape[1], dtype=room.dtype, device=room.device)
+    return line.where(at < room[:, None], 0)
 
 
 def _draw_each(

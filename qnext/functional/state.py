@@ -96,7 +96,7 @@ def init_state(
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
             raise InputError(f"{name} must be an integer >= {least}, got {number!r}")
     precision = config.precision
-    max_pages = -(-capacity // PAGE)
+    max_pages = pages_of(capacity)
     drafts = draft + 1
     sizes = config.axes | {
         "pages": 1 + (batch * max_pages if pages is None else pages),
@@ -128,6 +128,11 @@ def init_state(
         mtp_lengths=counts(0),
         mtp=tuple(allocate(Mtp, sizes, zeros) for _ in range(config.mtp_layers)),
     )
+
+
+def pages_of(length: int) -> int:
+    """Pages that so many tokens fill or begin."""
+    return -(-length // PAGE)
 
 
 def fork(state: State) -> State:

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from qnext.runtime.kept import Kept, pages_of
+from qnext.functional.state import pages_of
+from qnext.runtime.kept import Kept
 from qnext.runtime.options import Options
 from qnext.runtime.pages import Pages
 from qnext.runtime.plan import Budget, Job, Plan, plan

@@ -16,12 +16,34 @@ from qnext.errors import LoweringError
 from qnext.functional.params import Params
 from qnext.functional.state import State, narrow, widen
 from qnext.functional.tree import leaves, map_leaves
-from qnext.lowering.compiled import Compiled
-from qnext.lowering.stages import jit
+from qnext.lowering.stages import Wrapped, jit
 from qnext.lowering.target import Target, resolve
 
 Tree = TypeVar("Tree")
 Shape = tuple[torch.Size, ...]
+
+
+class Compiler:
+    """Makes functions steps of a target; on an NPU captured, into one memory pool."""
+
+    def __init__(
+        self, target: str | Target, strict: bool = False, host_lengths: bool = False
+    ) -> None:
+        self.target = resolve(target) if isinstance(target, str) else target
+        self.strict, self.host_lengths = strict, host_lengths
+        self.pool: Any = None
+
+    def __call__(self, wrapped: Wrapped, arguments: Sequence[Any]) -> Any:
+        """A callable for exactly these arguments' shapes. Raises LoweringError and TargetError."""
+        lowered = wrapped.trace(*arguments).lower(
+            self.target, self.strict, host_lengths=self.host_lengths
+        )
+        compiled = lowered.compile()
+        if compiled.lowered.target.kind != "npu":
+            return compiled
+        captured = compiled.capture(*arguments, pool=self.pool)
+        self.pool = captured.pool
+        return captured
 
 
 class Buckets:
@@ -49,24 +71,19 @@ class Buckets:
         self.params, self.batches = params, sorted(set(batches))
         if not self.batches or self.batches[0] < 1:
             raise LoweringError(f"batches must list sizes >= 1, got {list(batches)}")
-        target = resolve(target) if isinstance(target, str) else target
         wrapped = jit(function, donate="state")
         forms = sorted(examples, key=_elements, reverse=True)
         plan = [(batch, rest) for batch in reversed(self.batches) for rest in forms]
         self._steps: dict[tuple[int, Shape], Any] = {}
-        self.pool: Any = None
+        self._compiler = Compiler(target, strict, host_lengths)
         for batch, rest in tqdm(plan, desc="buckets", unit="graph", disable=not progress):
             arguments = (params, _rows(state, batch), *_resized(rest, batch))
-            lowered = wrapped.trace(*arguments).lower(target, strict, host_lengths=host_lengths)
-            step = self._made(lowered.compile(), arguments)
-            self._steps[batch, _form(rest)] = step
+            self._steps[batch, _form(rest)] = self._compiler(wrapped, arguments)
 
-    def _made(self, compiled: Compiled, arguments: tuple[Any, ...]) -> Any:
-        if compiled.lowered.target.kind != "npu":
-            return compiled
-        captured = compiled.capture(*arguments, pool=self.pool)
-        self.pool = captured.pool
-        return captured
+    @property
+    def pool(self) -> Any:
+        """The memory that the captured steps share, None where none was captured."""
+        return self._compiler.pool
 
     def __call__(self, state: State, *rest: Any, host: Any = None) -> Any:
         """The step's results for the state's rows; the state is used up, as it is donated."""

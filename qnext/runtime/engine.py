@@ -10,6 +10,7 @@ decodes text, streams. What a sequence drew stays with the worker, so step n + 1
 it; a sequence that ends in step n may be in step n + 1 as well, whose result nobody reads.
 """
 
+import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -22,9 +23,9 @@ from qnext.runtime.files import SnapshotFiles
 from qnext.runtime.options import Options
 from qnext.runtime.request import (
     CorruptedError,
+    FullError,
     Logprob,
     Output,
-    RefusedError,
     Request,
     StepError,
     check,
@@ -36,6 +37,7 @@ from qnext.runtime.work import Done, Drawn, Read, Work
 from qnext.runtime.worker import Worker
 from qnext.text import Continuation, Tokenizer
 
+log = logging.getLogger("qnext")
 KEPT = ("eos", "stop", "length", "guide")  # ends after which somebody may go on
 
 
@@ -75,12 +77,10 @@ class Engine:
     def submit(self, request: Request, sink: Sink) -> Sequence:
         """Take a request; `sink` is called with each Output, in `step`.
 
-        Raises InputError for one that cannot be served, RefusedError where too many wait.
+        Raises InputError for one that cannot be served, FullError where too many wait.
         """
         if len(self.board.waiting) >= self.options.max_waiting:
-            raise RefusedError(
-                f"{len(self.board.waiting)} requests are waiting already: try again later"
-            )
+            raise FullError(len(self.board.waiting))
         sequence = self.prepare(request, sink)
         self.enqueue(sequence)
         return sequence
@@ -112,8 +112,9 @@ class Engine:
         sequence.number = self._arrivals
         if self.board.caches(sequence):
             sequence.marks = marks_of(sequence.request, self.options.snapshot_every)
+        if sequence.swapped is not None:  # from a file; memory may know as much
             hit = self.board.cache.find(sequence.tokens, sequence.prompt - 1)
-            if hit and hit.length >= sequence.length:  # memory knows more than a file
+            if hit and hit.length >= sequence.length:
                 sequence.length, sequence.swapped = 0, None
         if sequence.limit > 0:
             self.board.waiting[sequence.number] = sequence
@@ -205,6 +206,7 @@ class Engine:
         try:
             done = future.result()
         except Exception as error:
+            log.exception("a step failed; the engine begins anew with those who wait")
             self._begin_anew([course], error)
             return
         for then, taken in zip(course.first, done.first, strict=True):
@@ -217,6 +219,8 @@ class Engine:
             if sequence.finish is None:
                 self._read(sequence, done.failed.get(row) or done.read[row], length)
         self.stats.failed_steps += bool(done.failed)
+        for failure in {*done.failed.values()}:
+            log.error("a call failed; its requests end, others go on", exc_info=failure)
         for then, taken in zip(course.then, done.then, strict=True):
             then(taken)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qnext.functional.config import PAGE, Config
-from qnext.functional.state import KV, Delta, Mtp, State, init_state
+from qnext.functional.state import KV, Delta, Mtp, State, init_state, pages_of
 from qnext.functional.tree import leaves
 
 
@@ -141,8 +141,3 @@ def of_state(state: State) -> Kept:
     """`as_state` undone: the first sequence of a state, with all its pages."""
     pages = pages_of(int(state.lengths[0]))
     return take(state, 0, state.block_table[0, :pages].tolist())
-
-
-def pages_of(length: int) -> int:
-    """Pages that so many tokens fill or begin."""
-    return -(-length // PAGE)

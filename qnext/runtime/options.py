@@ -7,8 +7,8 @@ from qnext.errors import InputError
 from qnext.functional.config import PAGE
 from qnext.functional.params import Params
 from qnext.functional.speculate import check_module
+from qnext.functional.state import pages_of
 from qnext.lowering.target import Target, resolve
-from qnext.runtime.kept import pages_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qnext.runtime.kept import pages_of
+from qnext.functional.state import pages_of
 
 
 @dataclass(frozen=True)

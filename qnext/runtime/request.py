@@ -1,9 +1,9 @@
 """What is asked of the engine, and what it answers."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
+from uuid import uuid4
 
 from torch import Tensor
 
@@ -12,14 +12,16 @@ from qnext.errors import InputError, QnextError
 from qnext.functional.generate import GREEDY
 from qnext.functional.sampling import Sampling
 
-_numbers = itertools.count(1)
-# what ended a request: a token that ends texts, a stop string, its length, its grammar, its caller,
-# its deadline, an engine that closed, or what `Output.error` tells
-FINISHES = ("eos", "stop", "length", "guide", "abort", "deadline", "closed", "error")
-
 
 class RefusedError(QnextError):
-    """A request that was not taken: the queue is full, or the engine drains or is closed."""
+    """A request that was not taken, as the engine drains or is closed."""
+
+
+class FullError(RefusedError):
+    """A request that was not taken, as too many wait."""
+
+    def __init__(self, waiting: int) -> None:
+        super().__init__(f"{waiting} requests are waiting already: try again later")
 
 
 class CorruptedError(QnextError):
@@ -86,7 +88,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     cache: bool = True
-    id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
+    id: str = field(default_factory=lambda: f"request-{uuid4().hex}")
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,10 @@ class Output:
     """What became certain of a request in one step; `finish` is set on the last.
 
     tokens: new ones, eos included. text: theirs, as far as no stop string may begin in it.
-    cached: tokens of the prompt that a cached prefix spared. made: new tokens so far. stopped_by:
-    the stop string or eos that ended it. error: what went wrong, where finish is "error".
+    cached: tokens of the prompt that a cached prefix spared. made: new tokens so far. finish: "eos"
+    (a token that ends texts), "stop" (a string that does), "length", "guide" (complete), "abort"
+    (by its caller), "deadline", "closed" (the engine), or "error", which `error` tells. stopped_by:
+    the stop string or eos that ended it.
     """
 
     id: str

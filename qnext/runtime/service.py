@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from qnext.runtime.engine import Engine
-from qnext.runtime.request import Output, RefusedError, Request, joined
+from qnext.runtime.request import FullError, Output, RefusedError, Request, joined
 from qnext.runtime.sequence import Sequence as Served
 
 log = logging.getLogger("qnext")
@@ -108,7 +108,7 @@ class Service:
                 raise RefusedError(f"the engine is {self._state}, it takes no more requests")
             waiting = self._arriving + len(self.engine.board.waiting)
             if bounded and waiting >= self.engine.options.max_waiting:
-                raise RefusedError(f"{waiting} requests are waiting already: try again later")
+                raise FullError(waiting)
             self._arriving += 1
             self._inbox.append(lambda: self._arrived(sequence))
             self._news.notify()

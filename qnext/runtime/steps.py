@@ -16,7 +16,8 @@ from qnext.functional.speculate import draft, verify_line
 from qnext.functional.state import State
 from qnext.lowering.compiled import Compiled
 from qnext.lowering.stages import jit
-from qnext.lowering.target import Target, resolve
+from qnext.lowering.target import Target
+from qnext.runtime.buckets import Compiler
 from qnext.shapes import Shaped
 
 
@@ -79,12 +80,10 @@ class Steps:
         batches: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
         seqs: Sequence[int] = (16, 64, 256),
     ) -> None:
-        self.params, self.strict = params, strict
-        self.target = resolve(target) if isinstance(target, str) else target
+        self.params, self._compiler = params, Compiler(target, strict)
         self.batches, self.seqs = sorted(set(batches)), sorted(set(seqs))
         self._wrapped = {name: jit(f, donate="state") for name, f in FUNCTIONS.items()}
         self._made: dict[Any, Any] = {}
-        self._pool: Any = None
 
     def batch_of(self, rows: int) -> int:
         """The least bucket that takes so many rows."""
@@ -119,18 +118,10 @@ class Steps:
         key = (name, state.slots.shape, state.block_table.shape, pools, shapes)
         step = self._made.get(key)
         if step is None:
-            step = self._made[key] = self._compile(name, (self.params, state, *rest))
+            with torch.no_grad():
+                step = self._compiler(self._wrapped[name], (self.params, state, *rest))
+            self._made[key] = step
         return step
-
-    def _compile(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        with torch.no_grad():
-            lowered = self._wrapped[name].trace(*arguments).lower(self.target, self.strict)
-            compiled = lowered.compile()
-            if compiled.lowered.target.kind != "npu":
-                return compiled
-            captured = compiled.capture(*arguments, pool=self._pool)
-        self._pool = captured.pool
-        return captured
 
 
 def _form(value: Any) -> Any:

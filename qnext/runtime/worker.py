@@ -10,10 +10,10 @@ from torch.nn.functional import pad
 
 from qnext.functional.params import Params
 from qnext.functional.sampling import Sampling, knobs
-from qnext.functional.state import State, init_state, narrow, view, widen
+from qnext.functional.state import State, init_state, narrow, pages_of, view, widen
 from qnext.functional.tree import map_leaves
 from qnext.runtime.draws import Draws
-from qnext.runtime.kept import Kept, completed, pages_of, put, take, wipe
+from qnext.runtime.kept import Kept, completed, put, take, wipe
 from qnext.runtime.logprobs import told
 from qnext.runtime.steps import Steps
 from qnext.runtime.work import Complete, Done, Piece, Put, Read, Take, Work

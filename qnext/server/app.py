@@ -16,11 +16,10 @@ import qnext
 from qnext.errors import QnextError
 from qnext.server import native, openai
 from qnext.server.errors import ApiError, bad, of_exception
-from qnext.server.guard import Guard
+from qnext.server.guard import MOST_BYTES, Guard
 from qnext.server.host import GoneError, Host, failed
 from qnext.server.schema import ErrorBody
 
-MOST_BYTES = 16 << 20
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {

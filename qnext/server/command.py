@@ -4,12 +4,16 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qnext.arguments import add_draft, add_model
+from qnext.arguments import load as load_model
 from qnext.errors import InputError
 from qnext.lowering.target import TARGETS
 from qnext.runtime.options import Options
+from qnext.server.guard import MOST_BYTES
 
 if TYPE_CHECKING:
     from qnext.server.host import Ready
@@ -36,11 +40,23 @@ def add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="checkpoint directory")
+    add_model(verb)
     verb.add_argument("--name", help="what clients call the model (default: its directory's name)")
-    verb.add_argument("--dtype", help="compute in (default: as stored; the demo: float32)")
+    add_draft(verb)
     _add_engine(verb)
     _add_listening(verb)
+
+
+# options of the engine that are a number: its unit, and what it is
+NUMBERS = {
+    "capacity": ("N", "tokens of one conversation, prompt and answer"),
+    "rows": ("N", "requests that run at once"),
+    "chunk": ("N", "tokens of prompts in one step, so how long decoding waits at most"),
+    "cache_bytes": ("B", "states kept for prompts that begin alike; 0: none"),
+    "snapshot_every": ("N", "tokens between these states, beside those at ends of messages"),
+    "file_bytes": ("B", "files of such states, with --cache-dir"),
+    "max_waiting": ("N", "requests that may wait; more are refused, 429"),
+}
 
 
 def _add_engine(verb: argparse.ArgumentParser) -> None:
@@ -50,58 +66,19 @@ def _add_engine(verb: argparse.ArgumentParser) -> None:
         "--target", choices=TARGETS, default="cpu", help="what steps are lowered for (default: cpu)"
     )
     group.add_argument("--strict", action="store_true", help="an error where a rule takes no site")
-    group.add_argument(
-        "--capacity",
-        type=int,
-        default=default.capacity,
-        metavar="N",
-        help=f"tokens of one conversation, prompt and answer (default: {default.capacity})",
-    )
-    group.add_argument(
-        "--rows",
-        type=int,
-        default=default.rows,
-        metavar="N",
-        help=f"requests that run at once (default: {default.rows})",
-    )
+    for name, (unit, text) in NUMBERS.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            default=getattr(default, name),
+            metavar=unit,
+            help=f"{text} (default: {getattr(default, name)})",
+        )
     group.add_argument(
         "--pages", type=int, metavar="N", help="pages of 128 tokens, for all of them together"
     )
     group.add_argument(
-        "--draft", type=int, default=0, metavar="K", help="guess K tokens ahead (default: 0)"
-    )
-    group.add_argument(
-        "--chunk",
-        type=int,
-        default=default.chunk,
-        metavar="N",
-        help="tokens of prompts in one step, so how long decoding waits at most "
-        f"(default: {default.chunk})",
-    )
-    group.add_argument(
-        "--cache-bytes",
-        type=int,
-        default=default.cache_bytes,
-        metavar="B",
-        help=f"states kept for prompts that begin alike; 0: none (default: {default.cache_bytes})",
-    )
-    group.add_argument(
-        "--snapshot-every",
-        type=int,
-        default=default.snapshot_every,
-        metavar="N",
-        help="tokens between these states, beside those at ends of messages "
-        f"(default: {default.snapshot_every})",
-    )
-    group.add_argument(
-        "--cache-dir", type=Path, metavar="DIR", help="keep them in files, too, over restarts"
-    )
-    group.add_argument(
-        "--max-waiting",
-        type=int,
-        default=default.max_waiting,
-        metavar="N",
-        help=f"requests that may wait; more are refused, 429 (default: {default.max_waiting})",
+        "--cache-dir", type=Path, metavar="DIR", help="keep states in files, too, over restarts"
     )
     group.add_argument("--no-warm", action="store_true", help="compile steps when first needed")
 
@@ -116,7 +93,7 @@ def _add_listening(verb: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--timeout", type=float, metavar="S", help="seconds a request may take (default: any)"
     )
-    group.add_argument("--max-body", type=int, default=16 << 20, metavar="B", help="bytes")
+    group.add_argument("--max-body", type=int, default=MOST_BYTES, metavar="B", help="bytes")
     group.add_argument(
         "--drain", type=float, default=60.0, metavar="S", help="seconds to finish after a signal"
     )
@@ -134,19 +111,8 @@ def run_serve(args: argparse.Namespace) -> int:
         raise InputError(
             f"qnext serve needs {error.name}, of its extra: pip install 'qnext[serve]'"
         ) from error
-    options = Options(
-        rows=args.rows,
-        capacity=args.capacity,
-        pages=args.pages,
-        draft=args.draft,
-        chunk=args.chunk,
-        snapshot_every=args.snapshot_every,
-        cache_bytes=args.cache_bytes,
-        cache_dir=args.cache_dir,
-        max_waiting=args.max_waiting,
-        target=args.target,
-        strict=args.strict,
-    )
+    given = vars(args)
+    options = Options(**{f.name: given[f.name] for f in fields(Options) if f.name in given})
     listening = Listening(
         address=args.address,
         port=args.port,
@@ -163,7 +129,6 @@ def run_serve(args: argparse.Namespace) -> int:
 
 def _loader(args: argparse.Namespace, options: Options) -> "Callable[[], Ready]":
     def load() -> "Ready":
-        from qnext.cli import load as load_model
         from qnext.runtime.engine import Engine
         from qnext.runtime.service import Service
         from qnext.server.asked import Reader

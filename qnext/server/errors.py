@@ -3,7 +3,7 @@
 from typing import Any
 
 from qnext.errors import InputError, QnextError
-from qnext.runtime.request import ContextError, Output, RefusedError
+from qnext.runtime.request import ContextError, FullError, Output, RefusedError
 from qnext.text import TokenizerError
 
 INVALID, SERVER = "invalid_request_error", "server_error"
@@ -50,8 +50,8 @@ def of_exception(error: Exception) -> ApiError:
         case ContextError():
             return bad(str(error), code="context_length_exceeded")
         case RefusedError():
-            full = "waiting" in str(error)
-            return ApiError(429 if full else 503, str(error), "overloaded_error", code="overloaded")
+            status = 429 if isinstance(error, FullError) else 503
+            return ApiError(status, str(error), "overloaded_error", code="overloaded")
         case InputError() | TokenizerError():
             return bad(str(error))
         case QnextError():

@@ -17,6 +17,7 @@ Send = Callable[[Message], Awaitable[None]]
 OPEN = ("/", "/health")  # without a key: a page without secrets, and what load balancers ask
 ID = b"x-request-id"
 LONGEST_ID = 128
+MOST_BYTES = 16 << 20  # of a body
 
 
 class Guard:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Mapping
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
+from qnext.errors import QnextError
 from qnext.runtime.request import Output
 from qnext.runtime.service import Service
 from qnext.server.asked import Reader
@@ -19,6 +21,7 @@ from qnext.server.errors import ApiError, of_exception
 from qnext.server.metrics import Metrics, Timer
 from qnext.text import Tokenizer
 
+log = logging.getLogger("qnext")
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 
@@ -44,7 +47,6 @@ class Host:
     info: dict[str, Any] = field(default_factory=dict)  # of the model and its target, to be told
     ready: Ready | None = None
     failure: str | None = None
-    open_requests: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -64,14 +66,19 @@ class Host:
         """The loaded model, if it is the one that was asked for. Raises ApiError."""
         if self.ready is None:
             raise ApiError(503, f"the model is {self.state}: try again later", "overloaded_error")
-        if name is not None and name != self.model:
+        if name is not None:
+            self.check_name(name)
+        return self.ready
+
+    def check_name(self, name: str) -> None:
+        """Raise ApiError unless that is the model's name."""
+        if name != self.model:
             raise ApiError(
                 404,
                 f"there is no model {name!r} here; this server has {self.model!r}",
                 param="model",
                 code="model_not_found",
             )
-        return self.ready
 
     def head(self, prefix: str) -> dict[str, Any]:
         """What every chunk of an answer begins with."""
@@ -144,6 +151,8 @@ async def streamed(request: Request, chunks: AsyncGenerator[Mapping[str, Any], N
                 async for chunk in chunks:
                     yield event(chunk)
             except Exception as error:
+                if not isinstance(error, ApiError | QnextError):  # our mistake, told in the log
+                    log.exception("an answer broke off")
                 yield event(of_exception(error).body)
         yield DONE
 

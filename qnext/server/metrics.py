@@ -8,8 +8,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from qnext.runtime.engine import Engine
 from qnext.runtime.request import Output
 from qnext.runtime.service import Service
+from qnext.server.streams import REASONS
 
-FINISHED = {"eos": "stop", "stop": "stop", "guide": "stop"}
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 SIZES = (1, 8, 32, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
 
@@ -91,7 +91,7 @@ def _counters(engine: Engine) -> list[tuple[str, str, float]]:
 def _reasons(engine: Engine) -> dict[str, int]:
     counts: dict[str, int] = {"stop": 0, "length": 0, "abort": 0}
     for finish, count in list(engine.stats.finished.items()):
-        reason = FINISHED.get(finish, finish)
+        reason = REASONS.get(finish, finish)
         counts[reason] = counts.get(reason, 0) + count
     return counts
 

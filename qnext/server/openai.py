@@ -8,7 +8,6 @@ from starlette.concurrency import run_in_threadpool
 
 from qnext.server.chat import Chat
 from qnext.server.completions import Completions
-from qnext.server.errors import ApiError
 from qnext.server.host import Host, Watch, answered, attended, streamed
 from qnext.server.native import host_of
 from qnext.server.schema import STREAMED, ChatRequest, CompletionRequest
@@ -33,13 +32,7 @@ async def models(request: Request) -> dict[str, Any]:
 async def model(request: Request, model_id: str) -> dict[str, Any]:
     """That model, by its name."""
     host = host_of(request)
-    if model_id != host.model:
-        raise ApiError(
-            404,
-            f"there is no model {model_id!r} here; this server has {host.model!r}",
-            param="model",
-            code="model_not_found",
-        )
+    host.check_name(model_id)
     return _card(host)
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import uvicorn
 
+from qnext.errors import QnextError
 from qnext.server.app import create_app
+from qnext.server.guard import MOST_BYTES
 from qnext.server.host import Host, Ready
 
 log = logging.getLogger("qnext")
@@ -27,7 +29,7 @@ class Listening:
     port: int = 8000
     keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
-    most_bytes: int = 16 << 20
+    most_bytes: int = MOST_BYTES
     drain_seconds: float = 60.0
     json_log: bool = False
 
@@ -114,5 +116,6 @@ def _load(host: Host, load: Callable[[], Ready]) -> None:
     try:
         host.loaded(load())
     except Exception as error:
-        log.debug("loading failed", exc_info=True)
+        if not isinstance(error, QnextError | OSError):  # these say what is wrong themselves
+            log.exception("loading failed")
         host.failure = f"loading failed: {error}"

@@ -85,14 +85,9 @@ class ResponseFormat(Model):
     json_schema: JsonSchema | None = None
 
 
-class Sampled(Model):
-    """What all requests for text have in common."""
+class Drawn(Model):
+    """How tokens are drawn and what ends a text, under the names that OpenAI and SGLang share."""
 
-    model: Text | None = None
-    stream: Flag | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] | None = None
-    seed: Annotated[int, Field(ge=-INT64, lt=INT64), WHOLE] | None = None
     temperature: Annotated[Number, Field(ge=0, le=1e30)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=INT64), WHOLE] | None = None
@@ -100,12 +95,22 @@ class Sampled(Model):
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
-    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
     stop: Annotated[Text, Field(min_length=1)] | Stops | None = None
     stop_token_ids: list[Token] | None = None
-    min_tokens: Annotated[int, Field(ge=0, lt=INT64), WHOLE] | None = None
     ignore_eos: Flag | None = None
     skip_special_tokens: Flag | None = None
+
+
+class Sampled(Drawn):
+    """What OpenAI's requests for text have in common."""
+
+    model: Text | None = None
+    stream: Flag | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64), WHOLE] | None = None
+    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=INT64), WHOLE] | None = None
     include_stop_str_in_output: Flag | None = None
     priority: Annotated[int, Field(ge=-INT64, lt=INT64), WHOLE] | None = None
     response_format: ResponseFormat | None = None
@@ -198,23 +203,12 @@ class ChatRequest(Sampled):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class SamplingParams(Model):
+class SamplingParams(Drawn):
     """SGLang's `sampling_params`."""
 
     n: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None  # choices, of which there is one
     max_new_tokens: Annotated[int, Field(ge=1, lt=INT64), WHOLE] | None = None
-    temperature: Annotated[Number, Field(ge=0, le=1e30)] | None = None
-    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=INT64), WHOLE] | None = None
-    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
-    stop: Annotated[Text, Field(min_length=1)] | Stops | None = None
-    stop_token_ids: list[Token] | None = None
     min_new_tokens: Annotated[int, Field(ge=0, lt=INT64), WHOLE] | None = None
-    ignore_eos: Flag | None = None
-    skip_special_tokens: Flag | None = None
     sampling_seed: Annotated[int, Field(ge=-INT64, lt=INT64), WHOLE] | None = None
     json_schema: Text | None = None
     regex: Text | None = None

@@ -5,8 +5,8 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from qnext.acceptance import NONE, Acceptance
-from qnext.runtime.request import Logprob, Output, Request
+from qnext.acceptance import Acceptance
+from qnext.runtime.request import Output, Request
 from qnext.runtime.service import Service
 from qnext.server.errors import of_output
 from qnext.server.schema import Sampled
@@ -59,36 +59,23 @@ def _raise_failed(output: Output) -> None:
 
 @dataclass
 class Whole:
-    """All outputs of one request, put together."""
+    """The text of one request, put together of its outputs."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[Logprob] = field(default_factory=list)
-    prompt_logprobs: list[Logprob] = field(default_factory=list)
     prompt: int = 0
     cached: int = 0
     finish: str | None = None
     stopped_by: str | int | None = None
-    acceptance: Acceptance = NONE
 
     def add(self, output: Output) -> None:
         self.text += output.text
         self.tokens += output.tokens
-        self.logprobs += output.logprobs
-        self.prompt_logprobs += output.prompt_logprobs
-        self.prompt, self.cached, self.acceptance = output.prompt, output.cached, output.acceptance
+        self.prompt, self.cached = output.prompt, output.cached
         self.finish, self.stopped_by = output.finish, output.stopped_by
 
 
-async def gathered(service: Service, requests: Sequence[Request]) -> list[Whole]:
-    """The whole answers to all requests."""
-    wholes = [Whole() for _ in requests]
-    async with aclosing(outputs(service, requests)) as stream:
-        async for index, output in stream:
-            wholes[index].add(output)
-    return wholes
-
-
+# what ended a request, as OpenAI's clients are told
 REASONS = {"eos": "stop", "stop": "stop", "guide": "stop", "length": "length", "abort": "abort"}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from qnext.text.tokenizer import Tokenizer
 
-EOS, STOP, LENGTH = "eos", "stop", "length"
+EOS, STOP = "eos", "stop"
 
 
 class Continuation:

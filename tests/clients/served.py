@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = ROOT / ".venv-clients"
@@ -90,12 +91,6 @@ class serving:
                 running = self.process.poll() is None and time.monotonic() < end
                 assert running, f"no server\n{self.log.read_text()[-3000:]}"
                 time.sleep(0.2)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def run(

@@ -49,7 +49,8 @@ ALLOWED: dict[str, set[str]] = {
     "qnext.bench": {"numpy", "tqdm", "qnext.bench", "qnext.embedded", "qnext.errors"},
     "qnext.server": {"torch", "tqdm", "qnext"},
     "qnext.doctor": {"torch", "qnext.errors", "qnext.lowering"},
-    "qnext.cli": {"torch", "qnext"},
+    "qnext.arguments": {"torch", "qnext"},
+    "qnext.cli": {"qnext"},
     "qnext": {"qnext"},
 }
 STANDARD = {

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import qnext as qn
 from qnext.functional.config import PAGE
-from qnext.functional.state import KV, view
+from qnext.functional.state import KV, pages_of, view
 from qnext.functional.tree import leaves, leaves_with_paths, map_leaves, same_structure
-from qnext.runtime.kept import Kept, as_state, completed, of_state, pages_of, put, take, wipe
+from qnext.runtime.kept import Kept, as_state, completed, of_state, put, take, wipe
 from qnext.runtime.prefix import shared_pages
 from tests.samples import ODD
 from tests.sequences import cells, check_memory, content, model

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from qnext.functional.config import PAGE
-from qnext.functional.state import KV
-from qnext.runtime.kept import Kept, pages_of
+from qnext.functional.state import KV, pages_of
+from qnext.runtime.kept import Kept
 from qnext.runtime.pages import Pages
 from qnext.runtime.prefix import Hit, PrefixCache, Snapshot, Tokens, shared_pages
 

@@ -1,6 +1,5 @@
 """A real server with the demo model, in a thread, for tests that speak HTTP to it."""
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from qnext.server.app import create_app
 from qnext.server.asked import Reader
 from qnext.server.guide import Grammars
 from qnext.server.host import Host, Ready
+from tests.ports import free_port
 
 OPTIONS = Options(rows=4, capacity=1024, pages=24, chunk=128, snapshot_every=256, max_waiting=32)
 
@@ -54,12 +54,6 @@ class Running:
         board = self.service.engine.board
         assert board.free_rows == self.service.engine.options.rows
         assert board.pages.free + board.cache.held == self.service.engine.options.pool
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def ready_host(engine: Engine, seconds: float | None = None) -> Host:

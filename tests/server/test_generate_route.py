@@ -88,7 +88,7 @@ def test_generate_continues_text_or_tokens(server: Running, demo: Demo) -> None:
     again = generated(server, params, text=None, input_ids=demo[1].encode(TEXT))
     assert again["output_ids"] == told["output_ids"]
     assert again["meta_info"]["cached_tokens"] == count - 1
-    assert re.fullmatch(r"request-\d+-0", again["meta_info"]["id"])
+    assert re.fullmatch(r"request-[0-9a-f]{32}-0", again["meta_info"]["id"])
 
 
 def test_generate_draws_as_completions_do(server: Running) -> None:

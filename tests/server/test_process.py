@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server.conftest import free_port
+from tests.ports import free_port
 
 pytestmark = pytest.mark.slow  # each starts a process that loads a model
 LONG = {"prompt": "Tom has", "max_tokens": 900, "ignore_eos": True, "stream": True, "seed": 1}
@@ -163,6 +163,7 @@ def test_a_model_that_is_none(tmp_path: Path) -> None:
         (("--rows", "0"), "rows must be an integer >= 1"),
         (("--api-key", ""), "--api-key: is empty"),
         (("--draft", "-1"), "draft must be an integer >= 0"),
+        (("--dtype", "bf16"), "invalid choice: 'bf16'"),
     ],
 )
 def test_options_that_do_not_fit(arguments: tuple[str, ...], message: str) -> None:

@@ -1,0 +1,45 @@
+"""Arguments that several commands have, and the model that they name."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import qnext as qn
+from qnext.functional.speculate import check_module
+from qnext.text import Tokenizer
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
+
+def add_model(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="checkpoint directory")
+    verb.add_argument(
+        "--dtype", choices=DTYPES, help="compute in (default: as stored; the demo: float32)"
+    )
+
+
+def add_draft(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--draft",
+        type=int,
+        default=0,
+        metavar="K",
+        help="guess K tokens ahead with the checkpoint's MTP module and verify them in one call of "
+        "the model; in float32 no token changes. What was accepted is told (default: 0)",
+    )
+
+
+def load(args: argparse.Namespace) -> tuple[qn.Params, Tokenizer]:
+    """Params and tokenizer of the command's model, which can draft where that is asked."""
+    if args.draft < 0:
+        raise qn.InputError(f"draft must be an integer >= 0, got {args.draft}")
+    dtype = DTYPES.get(args.dtype)
+    if args.model is None:
+        return qn.demo(dtype or torch.float32), qn.tokenizer()
+    qn.Config.from_hf(args.model)  # what can be refused at once is, before weights are read
+    tokenizer = qn.tokenizer(args.model)
+    params = qn.load(args.model, dtype=dtype)
+    if args.draft:
+        check_module(params)
+    return params, tokenizer
