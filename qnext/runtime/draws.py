@@ -154,6 +154,6 @@ class Draws:
         for at, (row, tokens) in enumerate(zip(self._rows, drawn.tolist(), strict=False)):
             made = tuple(tokens[: counts[at]])
             top = self.manners[row].logprobs
-            each = told(logits[at, : len(made)], made, top)
+            each = () if top is None else told(logits[at, : len(made)], made, top)
             results.append(Drawn(made, finite[at], each))
         return results

@@ -8,9 +8,9 @@ from torch import Tensor
 from qnext.runtime.request import Logprob
 
 
-def told(logits: Tensor, tokens: Sequence[int], top: int | None) -> tuple[Logprob, ...]:
+def told(logits: Tensor, tokens: Sequence[int], top: int) -> tuple[Logprob, ...]:
     """What to tell of tokens [n] drawn from logits [n, vocab], with the `top` likeliest of each."""
-    if top is None or not tokens:
+    if not tokens:
         return ()
     shares = logits.to(torch.float32).log_softmax(-1)
     own = shares.gather(1, torch.tensor(tokens, device=shares.device)[:, None]).squeeze(1)

@@ -51,9 +51,9 @@ class Options:
 
     @property
     def buckets(self) -> dict[str, list[int]]:
-        """Batch sizes and chunk lengths that steps are compiled for: powers of 2, and of 4."""
+        """Batch sizes and chunk lengths that steps are compiled for: powers of 2."""
         batches = [1 << n for n in range(self.rows.bit_length()) if 1 << n < self.rows]
-        seqs = [4**n for n in range(2, 32) if 4**n < self.chunk]
+        seqs = [2**n for n in range(4, 32) if 2**n < self.chunk]
         return {"batches": [*batches, self.rows], "seqs": [*seqs, self.chunk]}
 
     def check(self, params: Params) -> None:

@@ -133,15 +133,16 @@ class _Ledger:
 
     def grow(self) -> None:
         """Pages for whoever decodes, the first in the line first, at the cost of the last."""
-        for job in list(self.running):
-            if job not in self.running or not job.decodes:
-                continue
-            need = job.need(self.ahead)
-            while need > self.pages and job in self.running:
+        place = 0
+        while place < len(self.running):  # it becomes shorter, from its end
+            job = self.running[place]
+            need = job.need(self.ahead) if job.decodes else 0
+            while need > self.pages and place < len(self.running):
                 self.swap_out(self.running[-1])
-            if job in self.running:
+            if place < len(self.running):
                 self.pages -= need
                 self.grown[job.id] = need
+            place += 1
 
     def swap_out(self, job: Job) -> None:
         self.remove(job)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from qnext.acceptance import NONE, Acceptance
 from qnext.runtime.kept import Kept
@@ -46,7 +47,7 @@ class Sequence:
         assert self.place is not None
         return self.place
 
-    @property
+    @cached_property
     def prompt(self) -> int:
         return len(self.request.tokens)
 
@@ -54,7 +55,7 @@ class Sequence:
     def made(self) -> int:
         return len(self.tokens) - self.prompt
 
-    @property
+    @cached_property
     def limit(self) -> int:
         """The most it will have consumed: the last token that it draws is not."""
         return self.prompt + self.request.max_new_tokens - 1

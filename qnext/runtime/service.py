@@ -12,17 +12,18 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
 from qnext.runtime.engine import Engine
+from qnext.runtime.outbox import Deliver, Outbox
 from qnext.runtime.request import FullError, Output, RefusedError, Request, joined
 from qnext.runtime.sequence import Sequence as Served
 
 log = logging.getLogger("qnext")
-Deliver = Callable[[Output], None]
 
 
 class Service:
@@ -34,8 +35,7 @@ class Service:
         self._inbox: deque[Callable[[], Any]] = deque()  # for the engine's thread to do
         self._arriving = 0
         self._state = "serving"
-        # what a step has for event loops goes to each loop in one piece
-        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[Deliver, Output]]] = {}
+        self._outbox = Outbox()
         self._thread = threading.Thread(target=self._serve, name="qnext-engine", daemon=True)
         self._thread.start()
 
@@ -57,14 +57,12 @@ class Service:
     async def astream(self, request: Request) -> AsyncGenerator[Output, None]:
         """The outputs of a request, on the running event loop.
 
-        Where the loop cannot keep up with the steps, those that wait for it come as one.
+        Those that wait for the loop together come as one: see `Outbox`.
         """
         outputs: asyncio.Queue[Output] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         deliver = outputs.put_nowait
-        sequence = self._submit(
-            request, lambda output: self._outbox.setdefault(loop, []).append((deliver, output))
-        )
+        sequence = self._submit(request, lambda output: self._outbox.put(loop, deliver, output))
         try:
             while True:
                 output = await outputs.get()
@@ -139,7 +137,7 @@ class Service:
                 order()
             self._step()
         self.engine.close()
-        self._deliver()
+        self._outbox.send(time.monotonic(), 0)
 
     def _step(self) -> None:
         try:
@@ -147,15 +145,7 @@ class Service:
         except Exception as error:
             log.exception("a step of the engine failed; it begins anew")
             self.engine.recover(error)
-        self._deliver()
-
-    def _deliver(self) -> None:
-        outbox, self._outbox = self._outbox, {}
-        for loop, outputs in outbox.items():
-            try:
-                loop.call_soon_threadsafe(_hand_over, outputs)
-            except RuntimeError:  # the loop has ended, and its readers with it
-                log.debug("an event loop ended before its outputs came")
+        self._outbox.send(time.monotonic(), len(self.engine.board.running))
 
     # ---- ends
 
@@ -193,8 +183,3 @@ class Service:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _hand_over(outputs: Sequence[tuple[Deliver, Output]]) -> None:
-    for deliver, output in outputs:
-        deliver(output)

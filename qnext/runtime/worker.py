@@ -224,5 +224,6 @@ class Worker:
         for piece, own in zip(group, logits, strict=False):
             after = [*piece.tokens[1:], *([] if piece.after is None else [piece.after])]
             own = own[: len(piece.tokens)]
+            assert piece.score is not None  # of all in this group
             finite = bool(own[-1].isfinite().all())
             done.read[piece.row] = Read(finite, told(own[: len(after)], after, piece.score))

@@ -1,6 +1,7 @@
 """A server process: it listens at once, loads, serves, drains at the first signal, ends at the
 second. What happens to the model happens in threads, so that /health always answers."""
 
+import gc
 import logging
 import sys
 import threading
@@ -119,3 +120,5 @@ def _load(host: Host, load: Callable[[], Ready]) -> None:
         if not isinstance(error, QnextError | OSError):  # these say what is wrong themselves
             log.exception("loading failed")
         host.failure = f"loading failed: {error}"
+    gc.collect()
+    gc.freeze()  # a model and its steps stay: let no collection look at them again

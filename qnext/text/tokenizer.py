@@ -195,10 +195,12 @@ class DecodeStream:
 
         Raises TokenizerError for an id that is not in the vocabulary; the stream is unchanged.
         """
-        if not self._decode([token]):
+        text = self._decode([token])
+        if not text:
             return ""  # a skipped special token has no bytes, so it may stand inside a character
         window = [*self._window, token]
-        text = self._decode(window)
+        if self._window:
+            text = self._decode(window)
         # Decoding goes left to right, and bytes that may still become a character show as one
         # U+FFFD at the very end: all before it is certain.
         certain = len(text) - text.endswith(_REPLACEMENT)

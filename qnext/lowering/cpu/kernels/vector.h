@@ -35,6 +35,16 @@ inline Floats load(const bf16* p) {
 }
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
+// Holds a vector in a register: GCC would rather load it again for every product it is a factor of
+// (measured: 26 loads for 16 products).
+inline void hold([[maybe_unused]] Floats& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
 // Sums of adjacent pairs: those of a, then those of b.
 template <class V, int... I> inline V pairs(V a, V b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
@@ -83,10 +93,11 @@ inline void dots(const W* const* w, const X* const* x, int64_t n, float out[R][T
   for (; i + LANES <= n; i += LANES) {
     Floats left[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) left[r] = load(w[r] + i);
+    for (int r = 0; r < R; r++) hold(left[r] = load(w[r] + i));
 #pragma GCC unroll 16
     for (int t = 0; t < T; t++) {
       Floats right = load(x[t] + i);
+      hold(right);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) sums[r][t] += left[r] * right;
     }
