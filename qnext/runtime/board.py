@@ -154,7 +154,7 @@ class Board:
         kept, fill = sequence.swapped, sequence.pages[: pages_of(job.length)]
         if hit:
             kept, fill = hit.snapshot.kept, fill[shared_pages(job.length) :]
-        self._count_hit(sequence, job.length)
+        self._count(sequence, job.length)
         sequence.swapped = None
         return Put(
             sequence.row,
@@ -167,11 +167,14 @@ class Board:
             sequence.manner(),
         )
 
-    def _count_hit(self, sequence: Sequence, length: int) -> None:
-        """Of a request's first turn to run: what the cache, or a file, spared it."""
-        if sequence.admitted or not self.caches(sequence):
+    def _count(self, sequence: Sequence, length: int) -> None:
+        """Of a request's first turn to run: its prompt, and what was known of it already."""
+        if sequence.admitted:
             return
         sequence.admitted = True
+        self.stats.prompt += sequence.prompt
+        if not self.caches(sequence):
+            return
         sequence.cached = sequence.snapshot = length
         self.stats.cache_queries += sequence.prompt
         self.stats.cache_hits += length

@@ -290,7 +290,6 @@ class Engine:
         if not self._is_sound(sequence, read):
             return
         assert isinstance(read, Read)
-        self.stats.prompt += length - sequence.length
         sequence.length = length
         sequence.prompt_logprobs += read.logprobs
         if length >= sequence.limit:  # nothing but the prompt was asked for

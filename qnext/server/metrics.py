@@ -28,7 +28,7 @@ class EngineCollector:
             yield self._one(CounterMetricFamily(name, text, labels=["model_name"]), value)
         finished = CounterMetricFamily(
             "vllm:request_success",
-            "Requests that ended well, by what ended them",
+            "Requests that ended, by what ended them",
             labels=["model_name", "finished_reason"],
         )
         for reason, count in sorted(_reasons(engine).items()):
@@ -70,7 +70,7 @@ def _counters(engine: Engine) -> list[tuple[str, str, float]]:
     stats = engine.stats
     drafted = sum(stats.acceptance.judged)
     return [
-        ("vllm:prompt_tokens", "Tokens of prompts consumed", stats.prompt),
+        ("vllm:prompt_tokens", "Tokens of prompts, cached ones among them", stats.prompt),
         ("vllm:generation_tokens", "Tokens generated", stats.generated),
         ("vllm:prefix_cache_queries", "Tokens looked up in the cache", stats.cache_queries),
         ("vllm:prefix_cache_hits", "Tokens found there", stats.cache_hits),

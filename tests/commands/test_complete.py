@@ -134,6 +134,7 @@ def test_bad_problem_files(tmp_path: Path, line: str, says: str) -> None:
         read_problems(tmp_path / "absent.jsonl")
 
 
+@pytest.mark.slow
 def test_evaluation_report(demo: tuple[qn.Params, Tokenizer], tmp_path: Path) -> None:
     problems = read_problems(Path(qn.embedded.PROBLEMS))[:7]  # type: ignore[attr-defined]
     report = evaluate(*demo, problems, shots=2, batch=3, max_new_tokens=90, progress=False)

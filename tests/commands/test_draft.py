@@ -135,6 +135,7 @@ def test_without_guesses_a_step_is_a_token(demo: Demo) -> None:
         assert row.acceptance == Acceptance(row.tokens, row.tokens, (), ())
 
 
+@pytest.mark.slow
 def test_evaluation_adds_up_all_rows(demo: Demo) -> None:
     problems = read_problems(PROBLEMS)[:5]
     plain = evaluate(*demo, problems, shots=1, batch=2, max_new_tokens=60, progress=False)

@@ -97,7 +97,9 @@ def target(params: qn.Params, tokens: list[int], heat: float, top_p: float) -> T
     return (kept[0] / heat).softmax(-1)
 
 
-@pytest.mark.parametrize(("heat", "top_p"), [(1.0, 1.0), (0.7, 0.9)])
+@pytest.mark.parametrize(
+    ("heat", "top_p"), [pytest.param(1.0, 1.0, marks=pytest.mark.slow), (0.7, 0.9)]
+)
 def test_speculative_draws_are_honest(params: qn.Params, heat: float, top_p: float) -> None:
     """Accepted or corrected, a token follows the model's distribution, not the drafter's.
 

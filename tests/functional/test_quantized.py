@@ -376,6 +376,7 @@ def test_rows_do_not_meet(precise: qn.Params) -> None:
         check_close(Result([whole.logits[row]], [whole.memory[row]]), alone, EXACT)
 
 
+@pytest.mark.slow
 def test_speculation_changes_nothing() -> None:
     """Greedy, float32; no draw of this text feels the order of sums. Most guesses are right."""
     params = quantize(qn.demo(F32))

@@ -182,6 +182,7 @@ LARGE: dict[str, tuple[dict[str, Any], torch.dtype, int]] = {
         10**8,
     ),
 }
+FIRST, *OTHERS = LARGE
 PEAK = """
 import gc, sys
 import qnext as qn
@@ -199,7 +200,9 @@ print(status("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("case", LARGE)
+@pytest.mark.parametrize(
+    "case", [FIRST, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS)]
+)
 def test_peak_memory_is_near_the_size(checkpoints: Any, tmp_path: Path, case: str) -> None:
     sizes, dtype, limit = LARGE[case]
     config = qn.Config.from_hf(spec("base") | sizes).with_precision(compute=dtype)

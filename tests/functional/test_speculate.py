@@ -36,7 +36,9 @@ WAYS: dict[str, qn.Sampling | list[qn.Sampling]] = {
 FEW = settings(deadline=None, max_examples=8, derandomize=True, phases=[Phase.generate])
 
 
-@pytest.fixture(scope="module", params=["base", "conv3", "demo"])
+@pytest.fixture(
+    scope="module", params=["base", "conv3", pytest.param("demo", marks=pytest.mark.slow)]
+)
 def params(request: pytest.FixtureRequest) -> qn.Params:
     """Models with an MTP module; the random ones' guesses are nearly never right."""
     return made(request.param)
@@ -150,6 +152,7 @@ class Planted:
         return drawn, count, state
 
 
+@pytest.mark.slow
 @FEW
 @given(
     draft=st.integers(1, 7),

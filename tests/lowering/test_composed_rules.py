@@ -115,7 +115,9 @@ def test_the_demo_model_is_lowered_whole(kind: str, state: torch.dtype, target: 
     assert all(write.verdict == "in place" for write in step.writes)
 
 
-@pytest.mark.parametrize("name", ["head_dim", "shared", "both"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("head_dim", "shared")), "both"]
+)
 def test_odd_models_are_lowered_whole(name: str) -> None:
     changes = {"head_dim": {"head_dim": 40}, "shared": SHARED, "both": {"head_dim": 40} | SHARED}
     config = qn.Config.from_hf(SMALL | changes[name]).with_precision(compute=BF16)

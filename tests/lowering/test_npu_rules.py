@@ -107,6 +107,7 @@ def test_a_package_s_convolution_declines(changes: dict[str, Any], reason: str) 
     assert told and all(f"conv_sgl: {reason}" in " ".join(reasons) for reasons in told)
 
 
+@pytest.mark.slow
 def test_launches_of_the_80b_step() -> None:
     config = qn.Config.from_hf({"model_type": "qwen3_next"})
     config = config.with_precision(compute=BF16, state=BF16)

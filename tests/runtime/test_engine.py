@@ -59,7 +59,7 @@ def test_a_request_is_the_same_alone_and_in_company(draft: int, overlap: bool) -
     served.close()
 
 
-@pytest.mark.parametrize("draft", [0, 2])
+@pytest.mark.parametrize("draft", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_it_draws_what_generate_draws(draft: int) -> None:
     """The plain loop on the definitions; greedy, and where the likeliest is likely enough."""
     prompts = [[1, 2, 3], [9], [4, 5, 6, 7, 8] * 20]

@@ -41,6 +41,7 @@ WHOLE_CARD = Card("whole", rows=24, group=1, holders=1, sizes={})
 SHARED = ("embed", "head", "out_proj", "conv", "A_log", "dt_bias", "gate_proj")
 
 
+@pytest.mark.slow
 def test_the_page_holds_what_the_study_makes(tmp_path: Path) -> None:
     """Stale? Run `python -m studies.serving_points`."""
     held = PAGE.read_text().partition(BEGIN)[2].partition(END)[0]

@@ -102,6 +102,7 @@ def test_heads_are_looked_at_one_by_one() -> None:
     assert errors.min() > 1e-3 and errors.max() < 3e-2
 
 
+@pytest.mark.slow
 def test_demo_text_hardly_depends_on_the_state() -> None:
     found = end_effect(problems=3)
     assert found["problems"] == 3 and found["tokens"] > 30
