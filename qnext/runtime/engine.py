@@ -5,9 +5,10 @@
     engine.run()                       # or `Service`, which runs it in a thread of its own
 
 Each step is planned by a pure function (`plan`), booked by the board and done by a worker that owns
-the state. While the worker does step n + 1 the engine settles step n: it reads what was drawn,
-decodes text, streams. What a sequence drew stays with the worker, so step n + 1 need not wait for
-it; a sequence that ends in step n may be in step n + 1 as well, whose result nobody reads.
+the state. Where steps overlap (see `Options`), the engine settles step n while the worker does step
+n + 1: it reads what was drawn, decodes text, streams. What a sequence drew stays with the worker,
+so step n + 1 need not wait for it; a sequence that ends in step n may be in step n + 1 as well,
+whose result nobody reads.
 """
 
 import logging
@@ -153,8 +154,11 @@ class Engine:
         return self.board.busy or self._flight is not None
 
     def step(self) -> bool:
-        """Launch the next step and settle the one before; whether there is more to do."""
-        if self._flight and (self._pool is None or self._must_know()):
+        """Launch the next step and settle the one before, or where steps do not overlap the same.
+
+        Returns whether there is more to do.
+        """
+        if self._flight and self._must_know():
             under_way, self._flight = self._flight, None
             self._settle(*under_way)
         course = self.board.next(time.monotonic())
@@ -162,6 +166,8 @@ class Engine:
             self._finish(sequence, "deadline")
         launched = None if course.work == Work() else (course, self._launch(course.work))
         flight, self._flight = self._flight, launched
+        if self._pool is None:  # it is done already
+            flight, self._flight = launched, None
         if flight:
             self._settle(*flight)
         return self.busy

@@ -77,8 +77,9 @@ class Steps:
         params: Params,
         target: str | Target = "cpu",
         strict: bool = False,
-        batches: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
-        seqs: Sequence[int] = (16, 64, 256),
+        *,
+        batches: Sequence[int],
+        seqs: Sequence[int],
     ) -> None:
         self.params, self._compiler = params, Compiler(target, strict)
         self.batches, self.seqs = sorted(set(batches)), sorted(set(seqs))

@@ -8,7 +8,7 @@ import torch
 
 import qnext as qn
 from qnext.errors import InputError
-from qnext.runtime.request import ContextError, RefusedError, Request
+from qnext.runtime.request import ContextError, Output, RefusedError, Request
 from tests.runtime.engines import (
     OPTIONS,
     VOCAB,
@@ -178,6 +178,15 @@ def test_a_context_error_tells_the_numbers() -> None:
 def test_options_that_do_not_fit(change: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(OPTIONS, **change).check(params())
+
+
+def test_what_a_step_draws_is_told_before_the_next_one_where_none_overlaps() -> None:
+    outputs: list[Output] = []
+    served = engine(overlap=False)
+    served.submit(Request(tokens=(5,), max_new_tokens=3, eos=()), outputs.append)
+    for made in (1, 2, 3):
+        served.step()
+        assert [output.made for output in outputs] == list(range(1, made + 1))
 
 
 def test_cached_pages_are_not_held_for_those_who_wait_behind() -> None:
