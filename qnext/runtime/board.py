@@ -59,11 +59,6 @@ class Board:
         return bool(self.waiting or self.running or self.leaving or self._first or self._wipes)
 
     @property
-    def reads(self) -> bool:
-        """Whether the next step may read prompts, which takes longer than decoding."""
-        return bool(self.waiting) or any(s.sent < s.prompt - 1 for s in self.running.values())
-
-    @property
     def free_rows(self) -> int:
         return len(self._free)
 

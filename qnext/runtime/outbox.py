@@ -26,9 +26,6 @@ class Outbox:
         self._urgent = False
         self._last = 0.0
 
-    def __bool__(self) -> bool:
-        return bool(self._loops)
-
     def put(self, loop: asyncio.AbstractEventLoop, deliver: Deliver, output: Output) -> None:
         """Have `deliver` called with an output, by the loop."""
         self._loops.setdefault(loop, []).append((deliver, output))

@@ -140,8 +140,6 @@ class Service:
         self._outbox.send(time.monotonic(), 0)
 
     def _step(self) -> None:
-        if self.engine.board.reads:
-            self._outbox.send(time.monotonic(), 0)
         try:
             self.engine.step()
         except Exception as error:

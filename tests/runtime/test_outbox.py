@@ -4,11 +4,8 @@ import asyncio
 
 import pytest
 
-from qnext.runtime import outbox as module
 from qnext.runtime.outbox import SECONDS, Outbox
-from qnext.runtime.request import Output, Request
-from qnext.runtime.service import Service
-from tests.runtime.engines import engine
+from qnext.runtime.request import Output
 
 
 class Loop(asyncio.AbstractEventLoop):
@@ -95,33 +92,3 @@ def test_a_loop_that_has_ended_keeps_no_other_from_its_outputs():
     outbox.send(now=0.0, streams=2)
     outbox.send(now=9.0, streams=2)
     assert arrived == [1] and loop.woken == 1
-
-
-def test_nothing_is_held_through_a_step_that_reads_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One decodes, whose outputs could wait for ever; then another one's prompt comes."""
-    monkeypatch.setattr(module, "SECONDS", 1e9)
-    seen: set[tuple[bool, bool]] = set()
-    with Service(engine()) as service:
-        step, board = service.engine.step, service.engine.board
-
-        def watched() -> bool:
-            seen.add((board.reads, bool(service._outbox)))
-            return step()
-
-        monkeypatch.setattr(service.engine, "step", watched)
-
-        async def read(prompt: int, new: int, begun: asyncio.Event) -> None:
-            tokens = tuple(range(3, 3 + prompt))
-            async for _ in service.astream(Request(tokens=tokens, max_new_tokens=new, eos=())):
-                begun.set()
-
-        async def both() -> None:
-            begun = asyncio.Event()
-            first = asyncio.create_task(read(5, 300, begun))
-            await begun.wait()
-            await read(150, 2, asyncio.Event())
-            await first
-
-        asyncio.run(both())
-    assert (False, True) in seen and (True, False) in seen
-    assert (True, True) not in seen
