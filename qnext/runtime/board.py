@@ -198,14 +198,6 @@ class Board:
         grants: list[tuple[int, tuple[int, ...]]] = []
         copies: list[tuple[Take, Then]] = []
         course = Course(Work())
-        for sequence in self._present(made.decode):
-            if not self._grow(sequence, grants):
-                continue
-            sequence.flying += 1
-            sequence.sent = min(sequence.sent + self.ahead, sequence.limit)
-            course.decoding.append((sequence.row, sequence))
-            if self.caches(sequence) and self._is_due(sequence):
-                copies.append(self._copy(sequence))
         pieces: list[Piece] = []
         counts = {chunk.id: chunk.count for chunk in made.prefill}
         for sequence in self._present(counts):
@@ -214,6 +206,14 @@ class Board:
             course.reading.append((sequence.row, sequence, sequence.sent))
             if self.caches(sequence) and _is_marked(sequence):
                 copies.append(self._copy(sequence))
+        for sequence in self._present(made.decode):
+            if not self._grow(sequence, grants):
+                continue
+            if self.caches(sequence) and self._is_due(sequence):
+                copies.append(self._copy(sequence))
+            sequence.flying += 1
+            sequence.sent = min(sequence.sent + self.ahead, sequence.limit)
+            course.decoding.append((sequence.row, sequence))
         first, self._first = self._first, []
         wipes, self._wipes = self._wipes, []
         course.first = [then for _, then in first]
@@ -223,9 +223,9 @@ class Board:
             wipes=tuple(wipes),
             puts=puts,
             grants=tuple(grants),
-            decode=tuple(row for row, _ in course.decoding),
             prefill=tuple(pieces),
             then=tuple(take for take, _ in copies),
+            decode=tuple(row for row, _ in course.decoding),
         )
         return course
 

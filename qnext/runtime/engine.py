@@ -217,13 +217,13 @@ class Engine:
             return
         for then, taken in zip(course.first, done.first, strict=True):
             then(taken)
+        for row, sequence, length in course.reading:
+            if sequence.finish is None:
+                self._read(sequence, done.failed.get(row) or done.read[row], length)
         for row, sequence in course.decoding:
             sequence.flying -= 1
             if sequence.finish is None:
                 self._decoded(sequence, done.failed.get(row) or done.drawn[row])
-        for row, sequence, length in course.reading:
-            if sequence.finish is None:
-                self._read(sequence, done.failed.get(row) or done.read[row], length)
         self.stats.failed_steps += bool(done.failed)
         for failure in {*done.failed.values()}:
             log.error("a call failed; its requests end, others go on", exc_info=failure)

@@ -85,13 +85,15 @@ def put(state: State, row: int, pages: Sequence[int], kept: Kept | None) -> None
             if kept is not None and pages:
                 _fill(pool, index, kept.layers[at])
             continue
-        pool.window[place] = 0
-        pool.recurrent[slot] = 0
-        if kept is not None:
-            value = kept.layers[at]
-            assert isinstance(value, Delta)
-            pool.recurrent[slot] = value.recurrent[0]
-            pool.window[place, : value.window.shape[1]] = value.window[0]
+        if kept is None:
+            pool.window[place] = 0
+            pool.recurrent[slot] = 0
+            continue
+        value = kept.layers[at]
+        assert isinstance(value, Delta)
+        pool.recurrent[slot] = value.recurrent[0]
+        pool.window[place, : value.window.shape[1]] = value.window[0]
+        pool.window[place, value.window.shape[1] :] = 0
     for at, module in enumerate(state.mtp):
         module.hidden[place] = 0
         if kept is not None and kept.mtp:

@@ -2,8 +2,8 @@
 
     made = plan(waiting, running, budget)
 
-A step is one call of decoding for all that decode and chunks of prompts, `budget.tokens` of them at
-most, so nobody who decodes waits for longer than that. Requests go by (priority, arrival), the
+A step is chunks of prompts, of `budget.tokens` at most, and then one call of decoding for all that
+decode, those whose prompt ended just now among them: nobody who decodes waits for longer than that. Requests go by (priority, arrival), the
 lower the sooner. Nobody overtakes whoever is first in the line, so nobody starves; among prompts
 that are being read, half of the tokens go to the first in that order and the rest to those who have
 come least far, so a long prompt does not hold up short ones.
@@ -46,7 +46,11 @@ class Job:
 
     @property
     def decodes(self) -> bool:
-        return self.prompt <= self.length < self.limit
+        return self.decodes_after(0)
+
+    def decodes_after(self, count: int) -> bool:
+        """Whether it decodes once it has consumed so many tokens of its prompt."""
+        return self.prompt <= self.length + count < self.limit
 
     @property
     def reads(self) -> bool:
@@ -77,7 +81,7 @@ class Chunk:
 
 
 class Plan(NamedTuple):
-    """Jobs by id. In this order: expire, preempt (swap out), admit, then prefill and decode."""
+    """Jobs by id. In this order: expire, preempt (swap out), admit, prefill, decode."""
 
     expire: tuple[int, ...]
     preempt: tuple[int, ...]
@@ -104,12 +108,14 @@ def plan(waiting: Sequence[Job], running: Sequence[Job], budget: Budget) -> Plan
             ledger.remove(job)
     ledger.grow()
     admitted = ledger.admit(sorted((j for j in waiting if j.id not in late), key=_order))
+    prefill = tuple(_share_out(ledger.running, budget.tokens))
+    counts = {chunk.id: chunk.count for chunk in prefill}
     return Plan(
         expire=tuple(sorted(late)),
         preempt=tuple(j.id for j in ledger.gone),
         admit=tuple(j.id for j in admitted),
-        prefill=tuple(_share_out(ledger.running, budget.tokens)),
-        decode=tuple(j.id for j in ledger.running if j.decodes),
+        prefill=prefill,
+        decode=tuple(j.id for j in ledger.running if j.decodes_after(counts.get(j.id, 0))),
     )
 
 

@@ -70,15 +70,17 @@ class Complete:
 
 @dataclass(frozen=True)
 class Work:
-    """A step, in this order: take out, wipe, put in, grant pages, decode, prefill, take copies."""
+    """A step, in this order: take out, wipe, put in, grant pages, prefill, take copies, decode.
+
+    A row may be in both `prefill` and `decode`, if its prompt ends in this step."""
 
     first: tuple[Take | Complete, ...] = ()
     wipes: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (row, pages)
     puts: tuple[Put, ...] = ()
     grants: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (row, all its pages)
-    decode: tuple[int, ...] = ()
     prefill: tuple[Piece, ...] = ()
     then: tuple[Take, ...] = ()
+    decode: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

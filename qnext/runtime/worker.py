@@ -66,13 +66,13 @@ class Worker:
                 self._put(each)
             for row, pages in work.grants:
                 self._grant(row, pages)
-            if work.decode:
-                self._try(done, work.decode, partial(self._decode, work.decode, done))
             for group in self._groups(work.prefill):
                 self._try(done, [p.row for p in group], partial(self._prefill, group, done))
             if work.then:
                 self._blur()
             done.then = [None if t.row in done.failed else self._take(t) for t in work.then]
+            if rows := tuple(row for row in work.decode if row not in done.failed):
+                self._try(done, rows, partial(self._decode, rows, done))
         return done
 
     def _try(self, done: Done, rows: Sequence[int], call: Callable[[], None]) -> None:

@@ -59,6 +59,14 @@ def test_a_request_is_the_same_alone_and_in_company(draft: int, overlap: bool) -
     served.close()
 
 
+def test_a_prompt_that_fits_into_a_step_has_its_first_token_in_it() -> None:
+    outputs: list[Output] = []
+    served = engine(overlap=False)
+    served.submit(Request(tokens=(5, 7, 11), max_new_tokens=2), outputs.append)
+    served.step()
+    assert [len(output.tokens) for output in outputs] == [1]
+
+
 @pytest.mark.parametrize("draft", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_it_draws_what_generate_draws(draft: int) -> None:
     """The plain loop on the definitions; greedy, and where the likeliest is likely enough."""

@@ -158,10 +158,11 @@ def check_deadlines(case: Case, made: Plan) -> None:
 def check_work(case: Case, made: Plan) -> None:
     """All who can decode do; chunks end at marks and prompts; no token is left over in vain."""
     present = booked(case, made).present
-    assert list(made.decode) == [job.id for job in line(growing(present))]
+    counts = {each.id: each.count for each in made.prefill}
+    after = [replace(job, length=job.length + counts.get(job.id, 0)) for job in present]
+    assert list(made.decode) == [job.id for job in line(growing(after))]
     reading = [job for job in present if job.length < job.prompt]
     most = {job.id: chunk_end(job) - job.length for job in reading}
-    counts = {each.id: each.count for each in made.prefill}
     assert all(0 < count <= most[i] for i, count in counts.items())
     assert sum(counts.values()) == min(case.budget.tokens, sum(most.values()))
     for first in line(reading)[:1]:
@@ -245,6 +246,14 @@ def test_nothing_to_do_is_no_plan() -> None:
     assert plan([], [replace(done, length=6)], Budget(0, 9)).decode == (1,)
 
 
+def test_who_has_read_its_prompt_decodes_in_the_same_step() -> None:
+    reads, none_to_come = job(1, 20, length=14, pages=1, own=1), job(2, 9, more=0)
+    made = plan([none_to_come], [reads], Budget(rows=1, pages=9, tokens=15))
+    assert made.prefill == (Chunk(1, 6), Chunk(2, 9)) and made.decode == (1,)
+    made = plan([], [reads], Budget(rows=1, pages=9, tokens=5))  # a token is left of it
+    assert made.prefill == (Chunk(1, 5),) and made.decode == ()
+
+
 def test_pages_that_a_job_lacks() -> None:
     assert [job(1, n, more=9).need(1) for n in (0, 126, 127, 128, 255)] == [1, 1, 1, 2, 2]
     assert job(1, 128, more=0).need(3) == 1  # it will not go beyond its limit
@@ -323,7 +332,7 @@ def test_the_late_make_room_for_others() -> None:
     late = job(1, 200, length=200, pages=2, own=2, deadline=5.0)
     waits = [job(2, 9, deadline=5.0), job(3, 9, deadline=5.1), job(4, 9)]
     made = plan(waits, [late], Budget(rows=0, pages=0, now=5.0))
-    assert made == ((1, 2), (), (3,), (Chunk(3, 9),), ())
+    assert made == ((1, 2), (), (3,), (Chunk(3, 9),), (3,))
     made = plan(waits, [late], Budget(rows=0, pages=0, now=4.9))
     assert made == ((), (), (), (), (1,))
 
@@ -331,7 +340,7 @@ def test_the_late_make_room_for_others() -> None:
 def test_who_comes_back_goes_on_at_once() -> None:
     swapped = job(1, 100, length=120)
     made = plan([swapped, job(2, 7)], [], Budget(rows=2, pages=2))
-    assert made == ((), (), (1, 2), (Chunk(2, 7),), (1,))
+    assert made == ((), (), (1, 2), (Chunk(2, 7),), (1, 2))
     begun = job(1, 100, length=60)
     assert plan([begun], [], Budget(rows=1, pages=1)).prefill == (Chunk(1, 40),)
 

@@ -8,6 +8,7 @@ namespace qnext {
 
 constexpr int64_t TOKENS = 4;   // that one task turns or writes
 constexpr int64_t QUERIES = 8;  // of a row, that one task answers
+constexpr int TOGETHER = LANES == 8 ? 4 : 8;  // answers whose sums, two vectors each, fill registers
 
 // rotary(query [batch, seq, hq, hd], key [batch, seq, hkv, hd], position [batch, seq],
 // frequency [pairs]; factor) -> (query, key)
@@ -87,7 +88,76 @@ static int64_t attention_tasks(const Call& c, int64_t phase) {
 struct Answer {  // to one query of one head, so far
   int64_t token, head, sees;
   float peak, total;
+  float before;  // scales what was summed before this page; 1 where it has seen nothing
+  int64_t seen;  // of this page's keys
 };
+
+// What one answer gives the keys of a page, from its scores: p[i] = exp(score - peak).
+static void give_weights(Answer& answer, float* p) {
+  if (answer.seen == 0) {
+    answer.before = 1;
+    return;
+  }
+  float peak = answer.peak, total = 0;
+#pragma omp simd reduction(max : peak)
+  for (int64_t i = 0; i < answer.seen; i++) peak = p[i] > peak ? p[i] : peak;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < answer.seen; i++) {
+    p[i] = exponential(p[i] - peak);
+    total += p[i];
+  }
+  answer.before = exponential(answer.peak - peak);
+  answer.peak = peak, answer.total = answer.total * answer.before + total;
+}
+
+// sum[a] = before[a] * sum[a] + p[a][i] * value(i) over the keys that answer a has seen, in their
+// order, for N answers and V vectors of the head from the k-th number on. Sums stay in registers
+// for the keys that all N have seen.
+template <int N, int V, class Value>
+inline void add_values(const Answer* answers, const float* p, int64_t page, Value value, float* sum,
+                       int64_t hd, int64_t k) {
+  Floats sums[N][V];
+  int64_t common = answers[0].seen;
+#pragma GCC unroll 16
+  for (int a = 0; a < N; a++) {
+    common = std::min(common, answers[a].seen);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++)
+      sums[a][v] = load(sum + a * hd + k + v * LANES) * answers[a].before;
+  }
+  for (int64_t i = 0; i < common; i++) {
+    Floats values[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++) hold(values[v] = load(value(i) + k + v * LANES));
+#pragma GCC unroll 16
+    for (int a = 0; a < N; a++)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v++) sums[a][v] += p[a * page + i] * values[v];
+  }
+#pragma GCC unroll 16
+  for (int a = 0; a < N; a++)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++) {
+      for (int64_t i = common; i < answers[a].seen; i++)
+        sums[a][v] += p[a * page + i] * load(value(i) + k + v * LANES);
+      store(sum + a * hd + k + v * LANES, sums[a][v]);
+    }
+}
+
+// The same for all numbers of a head.
+template <int N, class Value>
+inline void add_heads(const Answer* answers, const float* p, int64_t page, Value value, float* sum,
+                      int64_t hd) {
+  int64_t k = 0;
+  for (; k + 2 * LANES <= hd; k += 2 * LANES) add_values<N, 2>(answers, p, page, value, sum, hd, k);
+  for (; k + LANES <= hd; k += LANES) add_values<N, 1>(answers, p, page, value, sum, hd, k);
+  for (; k < hd; k++)
+    for (int a = 0; a < N; a++) {
+      float total = sum[a * hd + k] * answers[a].before;
+      for (int64_t i = 0; i < answers[a].seen; i++) total += p[a * page + i] * wide(value(i)[k]);
+      sum[a * hd + k] = total;
+    }
+}
 
 template <class X, class P>
 static void attend(const Call& c, int64_t b, int64_t key_head, Span tokens) {
@@ -99,7 +169,7 @@ static void attend(const Call& c, int64_t b, int64_t key_head, Span tokens) {
     int64_t position = c[4].index(b, t), sees = position < context ? position + 1 : 0;
     longest = std::max(longest, sees);
     for (int64_t h = 0; h < group; h++)
-      answers.push_back({t, key_head * group + h, sees, -INFINITY, 0});
+      answers.push_back({t, key_head * group + h, sees, -INFINITY, 0, 0, 0});
   }
   int64_t n = answers.size();
   std::vector<float> sums(n * hd, 0.0f), scores(n * page), scaled(n * hd);
@@ -115,24 +185,15 @@ static void attend(const Call& c, int64_t b, int64_t key_head, Span tokens) {
           [&](int64_t j) { return scaled.data() + j * hd; },
           [&](int64_t j, const float* sums) { std::copy_n(sums, rows, &scores[j * page + part]); });
     }
+    auto value = [&](int64_t i) { return values.at<P>(number, i, key_head); };
     for (int64_t a = 0; a < n; a++) {
-      int64_t seen = std::min(count, answers[a].sees - first);
-      if (seen <= 0) continue;
-      float *p = &scores[a * page], *sum = &sums[a * hd];
-      float peak = std::max(answers[a].peak, *std::max_element(p, p + seen));
-      float before = exponential(answers[a].peak - peak), total = 0;
-#pragma omp simd reduction(+ : total)
-      for (int64_t i = 0; i < seen; i++) {
-        p[i] = exponential(p[i] - peak);
-        total += p[i];
-      }
-      answers[a].peak = peak, answers[a].total = answers[a].total * before + total;
-      for (int64_t k = 0; k < hd; k++) sum[k] *= before;
-      for (int64_t i = 0; i < seen; i++) {
-        const P* v = values.at<P>(number, i, key_head);
-        for (int64_t k = 0; k < hd; k++) sum[k] += p[i] * wide(v[k]);
-      }
+      answers[a].seen = std::max<int64_t>(std::min(count, answers[a].sees - first), 0);
+      give_weights(answers[a], &scores[a * page]);
     }
+    int64_t a = 0;
+    for (; a + TOGETHER <= n; a += TOGETHER)
+      add_heads<TOGETHER>(&answers[a], &scores[a * page], page, value, &sums[a * hd], hd);
+    for (; a < n; a++) add_heads<1>(&answers[a], &scores[a * page], page, value, &sums[a * hd], hd);
   }
   for (int64_t a = 0; a < n; a++) {
     X* y = out.at<X>(b, answers[a].token, answers[a].head);
