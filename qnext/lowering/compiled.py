@@ -44,6 +44,8 @@ class Compiled:
         self._trees = {name: Template(tree, fits) for name, tree in self.trace.arguments.items()}
         self._result = Template(self.trace.result, fits)
         self._seen: dict[str, tuple[Any, list[Any]]] = {}  # weights that fit, and their leaves
+        # the arguments of the call under way, and their leaves: a call asks for them three times
+        self._current: tuple[dict[str, Any], dict[str, list[Any]]] | None = None
         # the weights that constants were made of, and the constants
         self._packed: tuple[list[Tensor], tuple[Tensor, ...]] = [], ()
 
@@ -101,6 +103,9 @@ class Compiled:
 
     def _fitting(self, arguments: dict[str, Any]) -> dict[str, list[Any]] | None:
         """The leaves of arguments by name; None if they are not what it was compiled for."""
+        current = self._current
+        if current and current[0] is arguments:
+            return current[1]
         if arguments.keys() != self._trees.keys():
             return None
         found: dict[str, list[Any]] = {}
@@ -115,6 +120,7 @@ class Compiled:
             if name in self.lowered.weights and is_frozen(tree):
                 self._seen[name] = tree, mine
             found[name] = mine
+        self._current = arguments, found
         return found
 
     def _fits(self, want: Any) -> Callable[[Any], bool]:
@@ -163,7 +169,7 @@ class Compiled:
 
     def give(self, arguments: dict[str, Any], results: list[Tensor]) -> Any:
         """The result's tree; the donated arguments are given up with it."""
-        fitting = self._fitting(arguments) or {}
+        fitting, self._current = self._fitting(arguments) or {}, None
         for name in self.donate:
             for leaf in fitting.get(name) or leaves(arguments[name]):
                 give_up(leaf, self.trace.name)
