@@ -55,17 +55,18 @@ class Engine:
         options: Options | None = None,
         steps: Steps | None = None,
     ) -> None:
-        self.params, self.tokenizer = params, tokenizer
+        self.tokenizer = tokenizer
         self.options = options = options or Options()
         options.check(params)
         self.steps = steps or Steps(params, options.target, options.strict, **options.buckets)
+        self.params = self.steps.params  # on the target's device
         self.worker = Worker(
             self.steps, options.rows, options.capacity, options.pool, options.draft
         )
         self.stats = Stats()
         self.files: SnapshotFiles | None = None
         if options.cache_dir is not None:
-            self.files = SnapshotFiles(params, options.cache_dir, options.file_bytes)
+            self.files = SnapshotFiles(self.params, options.cache_dir, options.file_bytes)
         self.board = Board(options, self.stats, self.files.save if self.files is not None else None)
         self._arrivals = 0
         self._flight: tuple[Course, Future[Done]] | None = None

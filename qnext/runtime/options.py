@@ -1,6 +1,7 @@
 """How an engine is made."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from qnext.errors import InputError
@@ -51,10 +52,15 @@ class Options:
 
     @property
     def buckets(self) -> dict[str, list[int]]:
-        """Batch sizes and chunk lengths that steps are compiled for: powers of 2."""
+        """Batch sizes and chunk lengths that steps are compiled for: powers of 2.
+
+        A lone piece of a prompt, the most usual, has lengths between the longest of them, too.
+        """
         batches = [1 << n for n in range(self.rows.bit_length()) if 1 << n < self.rows]
-        seqs = [2**n for n in range(4, 32) if 2**n < self.chunk]
-        return {"batches": [*batches, self.rows], "seqs": [*seqs, self.chunk]}
+        seqs = [*(2**n for n in range(4, 32) if 2**n < self.chunk), self.chunk]
+        last = list(pairwise(seqs))[-2:]
+        lone = [low + (high - low) * n // 4 for low, high in last for n in (1, 2, 3)]
+        return {"batches": [*batches, self.rows], "seqs": seqs, "lone": lone}
 
     def check(self, params: Params) -> None:
         """Raise InputError unless these are sizes, and sizes that fit the model."""

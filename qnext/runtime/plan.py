@@ -3,10 +3,11 @@
     made = plan(waiting, running, budget)
 
 A step is chunks of prompts, of `budget.tokens` at most, and then one call of decoding for all that
-decode, those whose prompt ended just now among them: nobody who decodes waits for longer than that. Requests go by (priority, arrival), the
-lower the sooner. Nobody overtakes whoever is first in the line, so nobody starves; among prompts
-that are being read, half of the tokens go to the first in that order and the rest to those who have
-come least far, so a long prompt does not hold up short ones.
+decode, those whose prompt ended just now among them: nobody who decodes waits for longer than that.
+Requests go by (priority, arrival), the lower the sooner. Nobody overtakes whoever is first in the
+line, so nobody starves; among prompts that are being read, half of the tokens go to the first in
+that order and the rest to those who have come least far, so a long prompt does not hold up short
+ones.
 """
 
 from collections.abc import Sequence

@@ -14,6 +14,7 @@ from qnext.functional.params import Params
 from qnext.functional.sampling import Knobs
 from qnext.functional.speculate import draft, verify_line
 from qnext.functional.state import State
+from qnext.functional.tree import place
 from qnext.lowering.compiled import Compiled
 from qnext.lowering.stages import jit
 from qnext.lowering.target import Target
@@ -68,8 +69,8 @@ class Steps:
     """Steps by name and shape, compiled when they are first called for, or by `warm`.
 
     Each donates its state. A call must come with arguments of a bucket's shape: see `batch_of` and
-    `seq_of`. On NPU targets steps are captured, into one memory pool. Raises what `lower` and
-    `compile` raise: LoweringError, TargetError.
+    `seq_of`. On NPU targets params are brought to the device, and steps are captured into one pool
+    of memory. Raises what `lower` and `compile` raise: LoweringError, TargetError.
     """
 
     def __init__(
@@ -80,9 +81,13 @@ class Steps:
         *,
         batches: Sequence[int],
         seqs: Sequence[int],
+        lone: Sequence[int] = (),
     ) -> None:
-        self.params, self._compiler = params, Compiler(target, strict)
+        self._compiler = Compiler(target, strict)
+        kind = self._compiler.target.kind
+        self.params = place(params, kind) if kind == "npu" else params
         self.batches, self.seqs = sorted(set(batches)), sorted(set(seqs))
+        self.lone = sorted({*seqs, *lone})
         self._wrapped = {name: jit(f, donate="state") for name, f in FUNCTIONS.items()}
         self._made: dict[Any, Any] = {}
 
@@ -90,9 +95,9 @@ class Steps:
         """The least bucket that takes so many rows."""
         return next(batch for batch in self.batches if batch >= rows)
 
-    def seq_of(self, tokens: int) -> int:
-        """The least bucket that takes so many tokens a row."""
-        return next(seq for seq in self.seqs if seq >= tokens)
+    def seq_of(self, tokens: int, rows: int) -> int:
+        """The least bucket that takes so many tokens a row; a row alone has more of them."""
+        return next(seq for seq in (self.seqs if rows > 1 else self.lone) if seq >= tokens)
 
     def most_rows(self, seq: int) -> int:
         """Rows of so many tokens in one call: together no more than one row of the longest."""

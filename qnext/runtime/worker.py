@@ -30,7 +30,18 @@ class Worker:
         self, steps: Steps, rows: int, capacity: int, pages: int, drafted: int = 0
     ) -> None:
         self.steps, self.drafted = steps, drafted
-        self._sizes = (rows, capacity, pages)
+        like = self.params.embed
+        self.state = init_state(
+            self.params.config,
+            rows,
+            capacity,
+            dtype=like.dtype,
+            device=like.device,
+            draft=drafted,
+            pages=pages,
+        )
+        self._tables = map_leaves(Tensor.clone, self.state._replace(layers=(), mtp=()))
+        self._near: State | None = None
         self.reset()
 
     @property
@@ -38,20 +49,16 @@ class Worker:
         return self.steps.params
 
     def reset(self) -> None:
-        """Begin anew, with empty pools: all sequences are lost."""
-        rows, capacity, pages = self._sizes
-        self.state = init_state(
-            self.params.config,
-            rows,
-            capacity,
-            dtype=self.params.embed.dtype,
-            device=self.params.embed.device,
-            draft=self.drafted,
-            pages=pages,
-        )
-        self.draws = Draws(self.params.config.vocab_size, rows, self.state.lengths.device)
+        """Begin anew, with empty pools: all sequences are lost.
+
+        The pools are the same memory as ever, as captured steps know no other.
+        """
+        alive = self._near or self.state
+        layers, mtp = map_leaves(lambda leaf: leaf.view_as(leaf).zero_(), (alive.layers, alive.mtp))
+        self.state = map_leaves(Tensor.clone, self._tables)._replace(layers=layers, mtp=mtp)
+        self.draws = Draws(self.params.config.vocab_size, self.state.batch, layers[0][0].device)
         self._rows: tuple[int, ...] = ()
-        self._near: State | None = None
+        self._near = None
 
     def run(self, work: Work) -> Done:
         """Do the work. A call that raises fails its rows, the others' results are as ever."""
@@ -135,11 +142,9 @@ class Worker:
         values = {"lengths": each.length, "capacity": each.limit, "accepted": 0}
         if self.drafted:
             values["mtp_lengths"] = max(each.length - 1, 0)
-        index = self._index([each.row])
-        changed = {
-            name: getattr(tables, name).index_fill(0, index, value)
-            for name, value in values.items()
-        }
+        changed = {name: getattr(tables, name).clone() for name in values}
+        for name, value in values.items():
+            changed[name][each.row] = value
         self.state = tables._replace(**changed)
         self._grant(each.row, each.pages)
         put(self.state, each.row, each.fill, each.kept)
@@ -166,7 +171,7 @@ class Worker:
         """Pieces that share a call: of one bucket's length, in as large batches as there are."""
         by_form: dict[tuple[int, bool], list[Piece]] = {}
         for piece in pieces:
-            form = (self.steps.seq_of(len(piece.tokens)), piece.score is not None)
+            form = (self.steps.seq_of(len(piece.tokens), 2), piece.score is not None)
             by_form.setdefault(form, []).append(piece)
         groups = []
         for (seq, _), alike in by_form.items():
@@ -194,8 +199,8 @@ class Worker:
             for each in (None, settings):
                 calls.append(("guess", rows(batch), zeros(batch), self.drafted, each))
             calls.append(("verify", rows(batch), zeros(batch, self.drafted + 1)))
-        for seq in self.steps.seqs:
-            most = self.steps.most_rows(seq)
+        for seq in self.steps.lone:
+            most = self.steps.most_rows(seq) if seq in self.steps.seqs else 1
             for batch in (b for b in self.steps.batches if b <= most):
                 lengths = zeros(batch, dtype=torch.int32)
                 calls.append(("consume", rows(batch), zeros(batch, seq), lengths))
@@ -206,7 +211,7 @@ class Worker:
         self._blur()
         state = view(self.state, self._index(rows))
         state = widen(state, self.steps.batch_of(len(rows)))
-        seq = self.steps.seq_of(max(len(piece.tokens) for piece in group))
+        seq = self.steps.seq_of(max(len(piece.tokens) for piece in group), len(group))
         line = [list(p.tokens) + [0] * (seq - len(p.tokens)) for p in group]
         counts = [len(p.tokens) for p in group]
         device = state.lengths.device

@@ -47,7 +47,8 @@ Text = Annotated[str, Strict(), AfterValidator(_expressible)]
 Prompt = Annotated[Text, WithJsonSchema({"type": "string", "minLength": 1})]
 Count = Annotated[int, Field(ge=1, le=INT64 - 1), WHOLE]
 Token = Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE]
-Tokens = Annotated[list[Token], Field(min_length=1)]
+# a list of thousands is of one kind or of another: that is seen at the first that does not fit
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 Stops = Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=MOST_STOPS)]
 
 
@@ -127,9 +128,9 @@ class CompletionRequest(Sampled):
     model_config = _documented({"prompt": "Mia has 12 apples.", "max_tokens": 8})
     prompt: (
         Prompt
-        | Annotated[list[Prompt], Field(min_length=1)]
+        | Annotated[list[Prompt], Field(min_length=1, fail_fast=True)]
         | Tokens
-        | Annotated[list[Tokens], Field(min_length=1)]
+        | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
     )
     max_tokens: Annotated[int, Field(ge=0, lt=INT64), WHOLE] | None = 16
     echo: Flag | None = None

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import qnext as qn
+from qnext.functional.tree import leaves
 from qnext.lowering.compiled import Compiled
 from qnext.lowering.softnpu import bridge
+from qnext.runtime.steps import guess
 from tests.npu.models import Case, case, copied, here, params, there
 
 STEPS = 30
@@ -160,6 +162,20 @@ def test_padded_rows_keep_their_lengths_on_the_device() -> None:
     lowered = qn.jit(qn.prefill).trace(*given.arguments).lower(here(), host_lengths=True)
     assert lowered.host == ()
     assert "rows may be padded: their queries would need lengths from the host" in lowered.report()
+
+
+def test_what_a_step_only_hands_on_is_neither_copied_nor_bound() -> None:
+    """Guessing has no part in the layers' pools, reads the MTP module's hidden states where they
+    are, and writes its keys and values."""
+    weights = qn.place(params("demo"), "npu")
+    state = qn.init_state(weights.config, 3, 256, device="npu", draft=1)
+    tokens = torch.tensor([5, 7, 11]).npu()
+    made = qn.jit(guess, donate="state").trace(weights, state, tokens, 1, None)
+    captured = made.lower(here()).compile().capture(weights, state, tokens, 1, None)
+    elsewhere = state._replace(layers=copied(state.layers))
+    theirs = [leaf.data_ptr() for leaf in leaves((elsewhere.layers, elsewhere.mtp))]
+    _, after = captured(weights, elsewhere, tokens, 1, None)
+    assert [leaf.data_ptr() for leaf in leaves((after.layers, after.mtp))] == theirs
 
 
 # ---- buckets

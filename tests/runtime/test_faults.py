@@ -179,3 +179,17 @@ def test_closing_ends_everybody() -> None:
     served.close()
     assert [each[-1].finish for each in outputs] == ["closed"] * len(REQUESTS)
     assert not served.busy
+
+
+def test_beginning_anew_keeps_the_memory_of_the_pools() -> None:
+    """Captured steps know no other, and there may not be room for twice as much."""
+    served = engine()
+    started(served, REQUESTS[:2], 4)
+    pools = [*served.worker.state.layers, *served.worker.state.mtp]
+    before = [leaf.data_ptr() for leaf in leaves(pools)]
+    served.recover(RuntimeError("planted"))
+    state = served.worker.state
+    assert [leaf.data_ptr() for leaf in leaves([*state.layers, *state.mtp])] == before
+    assert not any(leaf.any() for leaf in leaves([*state.layers, *state.mtp]))
+    assert state.lengths.tolist() == [0, 0, 0] and not state.block_table.any()
+    others_are_unharmed([serve(served, [request])[0] for request in REQUESTS], [])

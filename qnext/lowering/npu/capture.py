@@ -2,8 +2,9 @@
 
 A graph knows memory, not arguments. Weights, and pools that the step writes in place, are used
 where they are; every other argument has a static copy, rewritten before a replay unless what is
-passed is that copy already, as it is for a donated state that goes round. What a caller gets is a
-value: a copy, except for donated leaves, whose memory is the caller's from call to call.
+passed is that copy already, as it is for a donated state that goes round. What the step only hands
+on, such as pools that it has no part in, the graph never sees. What a caller gets is a value: a
+copy, except for donated leaves, whose memory is the caller's from call to call.
 """
 
 import json
@@ -41,15 +42,18 @@ class Captured:
         given = compiled.take(arguments)
         self._constants = compiled.packed(given)
         fixed = _fixed(compiled)
+        self._handed_on = _handed_on(compiled, len(given))
+        unread = set(self._handed_on.values())
         self._fixed = {i: leaf for i, leaf in enumerate(given) if i in fixed}
         # zeros: while warming up every row writes to scratch
         self._inputs = [
-            leaf if i in fixed else torch.zeros_like(leaf) for i, leaf in enumerate(given)
+            leaf if i in fixed | unread else torch.zeros_like(leaf) for i, leaf in enumerate(given)
         ]
         self._host = {a.name: [a.most] * a.rows for a in compiled.lowered.host}
         self._updates = updates(compiled.graph.graph)
         self._graph = self._npu.NPUGraph()
         self._outputs = self._capture(pool)
+        self._copied = [(i, leaf) for i, leaf in enumerate(self._inputs) if i not in fixed | unread]
         self._carried = {leaf.data_ptr() for leaf in self._inputs}
         self.pool = self._graph.pool()
 
@@ -79,12 +83,16 @@ class Captured:
         lists = checked(self.compiled.lowered.host, host, self.trace.name)
         given = self.compiled.take(arguments)
         self._check_fixed(given)
-        for static, leaf in zip(self._inputs, given, strict=True):
-            if static.data_ptr() != leaf.data_ptr():
-                static.copy_(leaf)
+        for i, static in self._copied:
+            if static.data_ptr() != given[i].data_ptr():
+                static.copy_(given[i])
         self._update(dict(zip(self._host, lists, strict=True)))
         self.replay()
-        return self.compiled.give(arguments, [self._value(out) for out in self._outputs])
+        results = [
+            given[self._handed_on[at]].detach() if at in self._handed_on else self._value(out)
+            for at, out in enumerate(self._outputs)
+        ]
+        return self.compiled.give(arguments, results)
 
     def replay(self) -> None:
         """Run the graph on what its inputs hold. Nothing is checked, and nothing returned."""
@@ -119,7 +127,10 @@ class Captured:
 
 
 def _fixed(compiled: "Compiled") -> set[int]:
-    """The inputs that a graph uses where they are: weights, and pools that calls write."""
+    """The inputs that a graph uses where they are: weights, and pools that calls write.
+
+    What lies in one tuple with such a pool stays where it is, too: other steps write it.
+    """
     lowered = compiled.lowered
     inputs = [node for node in lowered.graph.graph.nodes if node.op == "placeholder"]
     written = {
@@ -127,12 +138,27 @@ def _fixed(compiled: "Compiled") -> set[int]:
         for write in lowered.writes
         if write.verdict == IN_PLACE and site_name(write.node) != "write_back"
     }
-    roots = set(lowered.weights)
+    leaves, roots = lowered.trace.leaves, set(lowered.weights)
+    tuples = {_tuple_of(leaf.path) for i, leaf in enumerate(leaves) if inputs[i] in written}
     return {
         i
-        for i, leaf in enumerate(lowered.trace.leaves)
-        if inputs[i] in written or argument_of(leaf.path) in roots
+        for i, leaf in enumerate(leaves)
+        if _tuple_of(leaf.path) in tuples or argument_of(leaf.path) in roots
     }
+
+
+def _tuple_of(path: str) -> str:
+    """`state.mtp[0]` of `state.mtp[0].key`."""
+    return path.rpartition(".")[0]
+
+
+def _handed_on(compiled: "Compiled", count: int) -> dict[int, int]:
+    """Results that are inputs of which nothing is read, of the first `count`: place by place."""
+    nodes = compiled.graph.graph.nodes
+    inputs = [node for node in nodes if node.op == "placeholder"][:count]
+    unread = {node: i for i, node in enumerate(inputs) if all(u.op == "output" for u in node.users)}
+    (results,) = next(node for node in nodes if node.op == "output").args
+    return {at: unread[node] for at, node in enumerate(results) if node in unread}
 
 
 def _leaf(pool: Any) -> Node:
