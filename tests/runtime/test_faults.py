@@ -118,10 +118,9 @@ def test_a_step_that_raises(draft: int, name: str, overlap: bool) -> None:
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["waits", "overlaps"])
 def test_a_worker_that_breaks(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever ran is lost, whoever waited is served, and the pools are new."""
+    """Whatever ran is lost, whoever waited is served."""
     served = engine(overlap=overlap)
     outputs = started(served, REQUESTS, 6)
-    before = served.worker.state
     run, left = served.worker.run, [1]
 
     def broken(work: Work) -> Done:
@@ -134,7 +133,6 @@ def test_a_worker_that_breaks(overlap: bool, monkeypatch: pytest.MonkeyPatch) ->
     harmed = [i for i, each in enumerate(outputs) if each[-1].finish == "error"]
     assert 0 < len(harmed) < len(REQUESTS)
     others_are_unharmed(outputs, harmed)
-    assert served.worker.state.layers[0][0].data_ptr() != before.layers[0][0].data_ptr()
     assert is_clean(served)
     served.close()
 
