@@ -1,5 +1,6 @@
 """Who has what: rows, pages and cached prefixes, and the next step's work. Touches no tensor."""
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +14,7 @@ from qnext.runtime.sequence import Sequence
 from qnext.runtime.stats import Stats
 from qnext.runtime.work import Complete, Piece, Put, Take, Work
 
+log = logging.getLogger("qnext")
 Taken = tuple[int, Kept] | None  # a length and its state; None where the step failed
 # have something taken out, and what to do with it
 Then = Callable[[Taken], None]
@@ -41,6 +43,7 @@ class Board:
         self.options, self.stats, self.spill = options, stats, spill
         self.ahead = options.draft + 1
         self.waiting: dict[int, Sequence] = {}
+        self._warned = False
         self.reset()
 
     def reset(self) -> None:
@@ -66,9 +69,18 @@ class Board:
         """Every sequence that has not ended."""
         return [*self.waiting.values(), *self.running.values(), *self.leaving.values()]
 
+    def uncached(self, sequence: Sequence) -> str | None:
+        """Why a sequence's prefixes are neither looked up nor kept; None where they are."""
+        if not self.options.cache_bytes:
+            return "cache_bytes=0"
+        if not sequence.request.cache:
+            return "cache=false"
+        if sequence.request.prompt_logprobs is not None:
+            return "prompt_logprobs"  # they take every token of the prompt
+        return None
+
     def caches(self, sequence: Sequence) -> bool:
-        request = sequence.request
-        return bool(request.cache and self.options.cache_bytes and request.prompt_logprobs is None)
+        return self.uncached(sequence) is None
 
     def _evicted(self, tokens: tuple[int, ...], pages: list[int], snapshot: Snapshot) -> None:
         """Have a snapshot's pages copied before they are anybody's: the next step begins so."""
@@ -260,10 +272,22 @@ class Board:
             # end nobody knows the last tokens
             if result is not None and sequence.error is None and result[0] <= len(sequence.tokens):
                 length, kept = result
+                self._warn_of(kept, length)
                 cache.add(sequence.tokens[:length], pages, kept)
             held.give_back(pages)
 
         return Take(sequence.row), taken
+
+    def _warn_of(self, kept: Kept, length: int) -> None:
+        """Once: a cache that keeps nothing would look like one that is never hit."""
+        most = self.options.cache_bytes
+        if kept.nbytes > most and not self._warned:
+            self._warned = True
+            log.warning(
+                "the state of %d tokens takes %d bytes and cache_bytes is %d: such prefixes are "
+                "not kept; give the cache more, or 0 for none",
+                *(length, kept.nbytes, most),
+            )
 
     # ---- ends
 

@@ -347,5 +347,6 @@ class Engine:
                 stopped_by=sequence.text.stopped_by if sequence.text else None,
                 error=sequence.error,
                 acceptance=sequence.acceptance,
+                uncached=self.board.uncached(sequence),
             )
         )

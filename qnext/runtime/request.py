@@ -108,7 +108,7 @@ class Output:
     cached: tokens of the prompt that a cached prefix spared. made: new tokens so far. finish: "eos"
     (a token that ends texts), "stop" (a string that does), "length", "guide" (complete), "abort"
     (by its caller), "deadline", "closed" (the engine), or "error", which `error` tells. stopped_by:
-    the stop string or eos that ended it.
+    the stop string or eos that ended it. uncached: why no prefix was looked for, where none was.
     """
 
     id: str
@@ -123,6 +123,7 @@ class Output:
     stopped_by: str | int | None = None
     error: Exception | None = None
     acceptance: Acceptance = NONE
+    uncached: str | None = None
 
 
 def joined(first: Output, then: Output) -> Output:

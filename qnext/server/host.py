@@ -110,6 +110,8 @@ class Watch:
                 "new": sum(o.made for o in lasts),
                 "finish": output.finish,
             }
+            if output.uncached:  # why `cached` is 0 whatever the prompt
+                self.request.state.figures["uncached"] = output.uncached
 
 
 async def attended(request: Request, work: Awaitable[T]) -> T:

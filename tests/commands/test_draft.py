@@ -41,7 +41,7 @@ def said(pieces: Sequence[Piece]) -> list[tuple[str, int, str | None]]:
     return [(piece.text, piece.tokens, piece.finish) for piece in pieces]
 
 
-@pytest.mark.parametrize("draft", [1, 3])
+@pytest.mark.parametrize("draft", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("stops", [(), ("e",), ("am", "never said"), (" ",)], ids=repr)
 def test_text_is_that_of_one_token_at_a_time(
     demo: Demo, draft: int, stops: tuple[str, ...]

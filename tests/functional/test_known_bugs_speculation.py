@@ -21,6 +21,12 @@ from tests.sequences import HARSH, model, turned
 
 BATCH, VOCAB, DRAFT = 5, 211, 3  # no axis of the model has size 5
 WARM = qn.Sampling(0.7, top_p=0.9, seed=5)
+
+
+def slow(value: int) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 ways = pytest.mark.parametrize("way", [GREEDY, WARM], ids=["greedy", "warm"])
 
 
@@ -43,7 +49,7 @@ def wrong(right: Tensor) -> Tensor:
 
 
 @ways
-@pytest.mark.parametrize("first", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("first", [1, slow(2), slow(3), 4, slow(6)])
 def test_4_prefill_verify_decode_by_turns(square: qn.Params, first: int, way: qn.Sampling) -> None:
     """Bug 4: a window widened for drafts begins at its front after a prefill, not at its end.
 
@@ -188,7 +194,7 @@ def asked(square: qn.Params, request: pytest.FixtureRequest) -> tuple[Tensor, Te
     return tokens, lengths, way, texts(square, tokens, lengths, 9, way)
 
 
-@pytest.mark.parametrize("tail", [1, 2, DRAFT + 1, 63, 65])
+@pytest.mark.parametrize("tail", [1, slow(2), DRAFT + 1, slow(63), 65])
 def test_row_2_a_prefix_hit_never_changes_the_answer(
     square: qn.Params, asked: tuple[Tensor, Tensor, Any, Tensor], tail: int
 ) -> None:

@@ -37,7 +37,8 @@ FEW = settings(deadline=None, max_examples=8, derandomize=True, phases=[Phase.ge
 
 
 @pytest.fixture(
-    scope="module", params=["base", "conv3", pytest.param("demo", marks=pytest.mark.slow)]
+    scope="module",
+    params=["base", *(pytest.param(name, marks=pytest.mark.slow) for name in ("conv3", "demo"))],
 )
 def params(request: pytest.FixtureRequest) -> qn.Params:
     """Models with an MTP module; the random ones' guesses are nearly never right."""

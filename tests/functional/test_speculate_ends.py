@@ -39,7 +39,7 @@ def planted(text: Tensor, p: float = 1.0) -> Planted:
 
 
 @pytest.mark.parametrize("at", range(8))
-@pytest.mark.parametrize("p", [1.0, 0.6])
+@pytest.mark.parametrize("p", [pytest.param(1.0, marks=pytest.mark.slow), 0.6])
 def test_eos_anywhere_in_a_draft(odd: qn.Params, text: Tensor, at: int, p: float) -> None:
     """Row 1 ends there; the others, and its own state, are as plain decoding leaves them."""
     eos = int(text[1, at])

@@ -101,7 +101,9 @@ def test_fused_calls_come_first() -> None:
 
 @pytest.mark.parametrize("state", [F32, BF16], ids=str)
 @pytest.mark.parametrize("kind", ["decode", "verify", "prefill"])
-@pytest.mark.parametrize("target", ["npu:910b", "npu:a3", "npu:950"])
+@pytest.mark.parametrize(
+    "target", ["npu:910b", "npu:950", pytest.param("npu:a3", marks=pytest.mark.slow)]
+)
 def test_the_demo_model_is_lowered_whole(kind: str, state: torch.dtype, target: str) -> None:
     config = qn.demo().config.with_precision(compute=BF16, state=state)
     function, seq, draft = {

@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,3 +136,31 @@ def test_files_of_other_weights_or_broken_ones_are_not_read(tmp_path: Path) -> N
     second.close()
     assert again[-1].cached == 0
     assert ends_of(again) == ends_of(alone(engine(), [asked(90)])[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "why"),
+    [
+        ({}, {}, None),
+        ({"cache": False}, {}, "cache=false"),
+        ({"prompt_logprobs": 0}, {}, "prompt_logprobs"),
+        ({}, {"cache_bytes": 0}, "cache_bytes=0"),
+    ],
+)
+def test_why_no_prefix_was_looked_for_is_told(
+    change: dict[str, Any], options: dict[str, Any], why: str | None
+) -> None:
+    served = engine(**options)
+    twice = [asked(41), replace(asked(41), **change)]
+    last = [serve(served, [request])[0][-1] for request in twice][1]
+    assert last.uncached == why and (last.cached > 0) == (why is None)
+
+
+def test_a_cache_too_small_for_any_state_is_warned_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    served = engine(cache_bytes=9)
+    for _ in range(2):
+        assert serve(served, [asked(41)])[0][-1].cached == 0
+    (told,) = [r.getMessage() for r in caplog.records if "cache_bytes is 9" in r.getMessage()]
+    assert "are not kept" in told

@@ -200,6 +200,16 @@ def test_a_line_of_log_tells_figures_and_no_words(
     assert all(" status=400 " in line for line in found[2:])
 
 
+def test_the_log_tells_why_no_prefix_was_looked_for(
+    server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    ask(server, COMPLETIONS, prompt="Tom", max_tokens=1, echo=True, logprobs=0)
+    ask(server, COMPLETIONS, prompt="Tom", max_tokens=1)
+    scores, plain = lines(caplog, 2)
+    assert " uncached=prompt_logprobs" in scores and "uncached" not in plain
+
+
 def test_the_log_may_be_json(guarded: Running, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     headers = {"X-Api-Key": KEYS[0], "X-Request-Id": "mine"}

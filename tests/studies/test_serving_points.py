@@ -51,6 +51,7 @@ def test_the_page_holds_what_the_study_makes(tmp_path: Path) -> None:
     assert kept["serving_points"] == fresh["serving_points"]
 
 
+@pytest.mark.slow
 def test_what_the_page_says_in_words() -> None:
     values = study()
     after, dear, before = values["accounts"].values()
