@@ -148,8 +148,8 @@ def _fixed(compiled: "Compiled") -> set[int]:
 
 
 def _tuple_of(path: str) -> str:
-    """`state.mtp[0]` of `state.mtp[0].key`."""
-    return path.rpartition(".")[0]
+    """`state.mtp[0]` of `state.mtp[0].key`; an argument that is a tensor is in none, but itself."""
+    return path.rpartition(".")[0] or path
 
 
 def _handed_on(compiled: "Compiled", count: int) -> dict[int, int]:
