@@ -66,7 +66,9 @@ def create_app(
     app.include_router(native.router)
     app.get("/", include_in_schema=False)(page)
     app.get("/metrics", response_class=Response, include_in_schema=False)(metrics)
+    app.head("/", include_in_schema=False)(page)
     app.head("/metrics", include_in_schema=False)(metrics)
+    app.head("/health", include_in_schema=False)(native.health)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     guarded: Any = Guard(app, keys, most_bytes, json_log, host.metrics.count)
     if origins:

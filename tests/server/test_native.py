@@ -227,10 +227,11 @@ def test_metrics_count_exactly(fresh: Running) -> None:
     assert found["vllm:num_requests_running", ""] == found["vllm:num_requests_waiting", ""] == 0
 
 
-def test_head_of_metrics(server: Running) -> None:
-    response = httpx.head(f"{server.url}/metrics")
+@pytest.mark.parametrize(("path", "least"), [("/metrics", 1000), ("/", 1000), ("/health", 5)])
+def test_head_is_get_without_a_body(server: Running, path: str, least: int) -> None:
+    response = httpx.head(f"{server.url}{path}")
     assert (response.status_code, response.content) == (200, b"")
-    assert int(response.headers["content-length"]) > 1000
+    assert int(response.headers["content-length"]) > least
 
 
 # ---- the page and the document
