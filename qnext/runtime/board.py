@@ -1,6 +1,5 @@
 """Who has what: rows, pages and cached prefixes, and the next step's work. Touches no tensor."""
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +13,6 @@ from qnext.runtime.sequence import Sequence
 from qnext.runtime.stats import Stats
 from qnext.runtime.work import Complete, Piece, Put, Take, Work
 
-log = logging.getLogger("qnext")
 Taken = tuple[int, Kept] | None  # a length and its state; None where the step failed
 # have something taken out, and what to do with it
 Then = Callable[[Taken], None]
@@ -43,7 +41,6 @@ class Board:
         self.options, self.stats, self.spill = options, stats, spill
         self.ahead = options.draft + 1
         self.waiting: dict[int, Sequence] = {}
-        self._warned = False
         self.reset()
 
     def reset(self) -> None:
@@ -272,22 +269,10 @@ class Board:
             # end nobody knows the last tokens
             if result is not None and sequence.error is None and result[0] <= len(sequence.tokens):
                 length, kept = result
-                self._warn_of(kept, length)
                 cache.add(sequence.tokens[:length], pages, kept)
             held.give_back(pages)
 
         return Take(sequence.row), taken
-
-    def _warn_of(self, kept: Kept, length: int) -> None:
-        """Once: a cache that keeps nothing would look like one that is never hit."""
-        most = self.options.cache_bytes
-        if kept.nbytes > most and not self._warned:
-            self._warned = True
-            log.warning(
-                "the state of %d tokens takes %d bytes and cache_bytes is %d: such prefixes are "
-                "not kept; give the cache more, or 0 for none",
-                *(length, kept.nbytes, most),
-            )
 
     # ---- ends
 

@@ -9,6 +9,7 @@ token ahead, on the one token after. So a page is known by 129 tokens, and a sna
 tokens shares the pages that end before its last token and keeps a copy of the page that does not.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from qnext.functional.config import PAGE
 from qnext.runtime.kept import Kept
 from qnext.runtime.pages import Pages
 
+log = logging.getLogger("qnext")
 Tokens = tuple[int, ...]
 
 
@@ -84,6 +86,7 @@ class PrefixCache:
         self._root = _Node((), 0, None)
         self._used: OrderedDict[Snapshot, None] = OrderedDict()  # the least recent first
         self._held: set[int] = set()
+        self._warned = False
 
     def __len__(self) -> int:
         return len(self._used)
@@ -136,7 +139,10 @@ class PrefixCache:
         where it is known already or larger than all the cache may hold.
         """
         size = kept.nbytes
-        if not tokens or size > self.most_bytes or self.knows(tokens):
+        if size > self.most_bytes:
+            self._warn_of(size, len(tokens))
+            return False
+        if not tokens or self.knows(tokens):
             return False
         node = self._root
         for number in range(shared_pages(len(tokens))):
@@ -155,6 +161,16 @@ class PrefixCache:
         while self.bytes > self.most_bytes:
             self.evict()
         return True
+
+    def _warn_of(self, size: int, length: int) -> None:
+        """Once: a cache that keeps nothing would look like one that is never hit."""
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "the state of %d tokens takes %d bytes and cache_bytes is %d: such prefixes are "
+                "not kept; give the cache more, or 0 for none",
+                *(length, size, self.most_bytes),
+            )
 
     def evict(self) -> None:
         """Give up the least recently used snapshot, and the pages that led to it alone."""

@@ -69,8 +69,9 @@ class Steps:
     """Steps by name and shape, compiled when they are first called for, or by `warm`.
 
     Each donates its state. A call must come with arguments of a bucket's shape: see `batch_of` and
-    `seq_of`. On NPU targets params are brought to the device, and steps are captured into one pool
-    of memory. Raises what `lower` and `compile` raise: LoweringError, TargetError.
+    `seq_of`; `lone` are further lengths, of calls with a single row. On NPU targets params are
+    brought to the device, and steps are captured into one pool of memory. Raises what `lower` and
+    `compile` raise: LoweringError, TargetError.
     """
 
     def __init__(

@@ -170,7 +170,7 @@ class Worker:
     def _groups(self, pieces: Sequence[Piece]) -> list[list[Piece]]:
         """Pieces that share a call: of one bucket's length, in as large batches as there are."""
         by_form: dict[tuple[int, bool], list[Piece]] = {}
-        for piece in pieces:
+        for piece in pieces:  # as if others came along: lengths of lone ones would part them
             form = (self.steps.seq_of(len(piece.tokens), 2), piece.score is not None)
             by_form.setdefault(form, []).append(piece)
         groups = []

@@ -175,7 +175,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cold top_p": {"temperature": 0.7, "top_p": 0.9, "seed": 2**63 - 1},
     "all": {"temperature": 1.4, "top_k": 12, "top_p": 0.85, "min_p": 0.07},
 }
-COVERED = ("cold", "hot", "top_p", "min_p")  # by the others, together
+MORE = ("cold", "hot", "top_p", "min_p")  # others are of the same kinds
+ASKED = [pytest.param(n, marks=pytest.mark.slow) if n in MORE else n for n in SETTINGS]
 
 
 def shares(logits: Tensor, s: Sampling) -> Tensor:
@@ -192,10 +193,7 @@ def shares(logits: Tensor, s: Sampling) -> Tensor:
     return restricted / restricted.sum()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in COVERED else n for n in SETTINGS],
-)
+@pytest.mark.parametrize("name", ASKED)
 def test_draws_have_the_distribution_asked_for(name: str) -> None:
     sampling = Sampling(**SETTINGS[name])
     logits = torch.randn(VOCAB) * 1.5

@@ -1,5 +1,6 @@
 """The engine on the device: captured steps of several shapes, host and device side by side."""
 
+from concurrent.futures import wait
 from dataclasses import replace
 from functools import cache
 
@@ -71,8 +72,7 @@ def test_drafts_change_no_text(temperature: float) -> None:
     before = served.stats.acceptance.accepted
     drafted = serve(served, asked)
     assert served.stats.acceptance.accepted > before
-    if temperature == 0:
-        assert [o.tokens for o in drafted] == [o.tokens for o in plain]
+    assert [o.tokens for o in drafted] == [o.tokens for o in plain]
     assert all(len(o.tokens) == 24 for o in drafted)
 
 
@@ -84,6 +84,7 @@ def test_one_that_is_no_number_any_more_ends_alone() -> None:
         served.submit(request, into.append)
     while not all(outputs):
         served.step()
+    wait([served._flight[1]])  # else the step under way might write over what is planted
     sequence = next(iter(served.board.running.values()))
     slot = served.worker.state.slots[sequence.row, 0]
     served.worker.state.layers[0].recurrent[slot] = float("nan")

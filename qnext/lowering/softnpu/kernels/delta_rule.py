@@ -43,8 +43,8 @@ def row_check(beta: Tensor | None, g: Tensor | None, lengths: Tensor | None, v: 
 
 
 def decay_check(g: Tensor | None, beta: Tensor, used: int) -> None:
-    """Of the tokens that the lengths cover; others may hold anything. NaN goes through, as it would
-    on the chip: a row whose numbers are none must not end the others."""
+    """Of the tokens that the lengths cover; others may hold anything. NaN goes through: it breaks
+    no rule of the calls, and a row whose numbers are none must not end the others."""
     if g is not None:
         need(not (g[:used] > 0).any(), "g must be a log decay, at most 0", g[:used].max())
     outside = (beta[:used] < 0) | (beta[:used] > 1)
