@@ -8,7 +8,7 @@ namespace qnext {
 
 constexpr int64_t TOKENS = 4;   // that one task turns or writes
 constexpr int64_t QUERIES = 8;  // of a row, that one task answers
-constexpr int TOGETHER = LANES == 8 ? 4 : 8;  // answers whose sums, two vectors each, fill registers
+constexpr int SUMS = LANES == 8 ? 8 : 16;  // vectors of answers that are held in registers
 
 // rotary(query [batch, seq, hq, hd], key [batch, seq, hkv, hd], position [batch, seq],
 // frequency [pairs]; factor) -> (query, key)
@@ -144,19 +144,33 @@ inline void add_values(const Answer* answers, const float* p, int64_t page, Valu
     }
 }
 
-// The same for all numbers of a head.
-template <int N, class Value>
+// The same for all numbers of a head, from the k-th on: V vectors at a time, then fewer.
+template <int N, int V, class Value>
 inline void add_heads(const Answer* answers, const float* p, int64_t page, Value value, float* sum,
-                      int64_t hd) {
-  int64_t k = 0;
-  for (; k + 2 * LANES <= hd; k += 2 * LANES) add_values<N, 2>(answers, p, page, value, sum, hd, k);
-  for (; k + LANES <= hd; k += LANES) add_values<N, 1>(answers, p, page, value, sum, hd, k);
-  for (; k < hd; k++)
-    for (int a = 0; a < N; a++) {
-      float total = sum[a * hd + k] * answers[a].before;
-      for (int64_t i = 0; i < answers[a].seen; i++) total += p[a * page + i] * wide(value(i)[k]);
-      sum[a * hd + k] = total;
-    }
+                      int64_t hd, int64_t k = 0) {
+  for (; k + V * LANES <= hd; k += V * LANES) add_values<N, V>(answers, p, page, value, sum, hd, k);
+  if constexpr (V > 1) {
+    add_heads<N, V - 1>(answers, p, page, value, sum, hd, k);
+  } else {
+    for (; k < hd; k++)
+      for (int a = 0; a < N; a++) {
+        float total = sum[a * hd + k] * answers[a].before;
+        for (int64_t i = 0; i < answers[a].seen; i++) total += p[a * page + i] * wide(value(i)[k]);
+        sum[a * hd + k] = total;
+      }
+  }
+}
+
+// The same for all of n answers, as many at a time as fill the registers with their sums.
+template <int N, class Value>
+inline void add_all(const Answer* answers, const float* p, int64_t page, Value value, float* sum,
+                    int64_t hd, int64_t n) {
+  constexpr int vectors = SUMS / N < 4 ? SUMS / N : 4;
+  int64_t a = 0;
+  for (; a + N <= n; a += N)
+    add_heads<N, vectors>(answers + a, p + a * page, page, value, sum + a * hd, hd);
+  if constexpr (N > 1)
+    add_all<N / 2>(answers + a, p + a * page, page, value, sum + a * hd, hd, n - a);
 }
 
 template <class X, class P>
@@ -190,10 +204,7 @@ static void attend(const Call& c, int64_t b, int64_t key_head, Span tokens) {
       answers[a].seen = std::max<int64_t>(std::min(count, answers[a].sees - first), 0);
       give_weights(answers[a], &scores[a * page]);
     }
-    int64_t a = 0;
-    for (; a + TOGETHER <= n; a += TOGETHER)
-      add_heads<TOGETHER>(&answers[a], &scores[a * page], page, value, &sums[a * hd], hd);
-    for (; a < n; a++) add_heads<1>(&answers[a], &scores[a * page], page, value, &sums[a * hd], hd);
+    add_all<SUMS / 2>(answers.data(), scores.data(), page, value, sums.data(), hd, n);
   }
   for (int64_t a = 0; a < n; a++) {
     X* y = out.at<X>(b, answers[a].token, answers[a].head);

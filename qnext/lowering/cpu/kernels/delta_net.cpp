@@ -6,6 +6,8 @@
 
 namespace qnext {
 
+template <int N> using Number = std::integral_constant<int, N>;  // of rows, to choose code by
+
 constexpr int64_t CHANNELS = 256;  // of the convolution, that one task takes
 constexpr int64_t STATE_ROWS = 64;  // of a head's state, that one task carries through time
 
@@ -156,11 +158,15 @@ static void rule_part(const Call& c, int64_t b, int64_t head, Span rows) {
     }
     for (int64_t i = 0; i < n; i++) v[i] = wide(value.at<X>(b, t, head)[rows.begin + i]);
     float decay = std::exp(g.at<float>(b, t)[head]), strength = wide(beta.at<X>(b, t)[head]);
+    auto step = [&](auto rows, int64_t i) {
+      rule_step<rows>(s + i * apart, apart, k.data(), q.data(), dk, decay, strength, &v[i], &o[i]);
+      return i + rows;
+    };
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16)
-      rule_step<16>(s + i * apart, apart, k.data(), q.data(), dk, decay, strength, &v[i], &o[i]);
-    for (; i < n; i++)
-      rule_step<1>(s + i * apart, apart, k.data(), q.data(), dk, decay, strength, &v[i], &o[i]);
+    while (i + 16 <= n) i = step(Number<16>(), i);
+    if (i + 8 <= n) i = step(Number<8>(), i);
+    if (i + 4 <= n) i = step(Number<4>(), i);
+    while (i < n) i = step(Number<1>(), i);
     for (i = 0; i < n; i++) out.at<X>(b, t, head)[rows.begin + i] = narrow<X>(o[i]);
     if (writes > 1) keep(t);
   }

@@ -33,6 +33,11 @@ inline Floats load(const bf16* p) {
   std::memcpy(&v, &word, sizeof v);
   return v;
 }
+template <class T> inline Floats load(const T* p, int64_t count) {  // count numbers, then zeros
+  T numbers[LANES] = {};
+  std::memcpy(numbers, p, count * sizeof(T));
+  return load(numbers);
+}
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 // Holds a vector in a register: GCC would rather load it again for every product it is a factor of
@@ -67,50 +72,41 @@ template <int N, class V> inline V transposed_sum(const V* v) {
   }
 }
 
-// The sums of N vectors, each added up in the same order whatever N is.
+// The sums of N vectors, a power of 2, each added up in the same order whatever N is.
 template <int N, class V, class E> inline void sum_each(const V* v, E* out) {
-  constexpr int lanes = sizeof(V) / 4;
-  if constexpr (N % lanes == 0) {
-    for (int i = 0; i < N; i += lanes) {
-      V sums = transposed_sum<lanes>(v + i);
-      std::memcpy(out + i, &sums, sizeof sums);
-    }
-  } else {
-    for (int i = 0; i < N; i++) {
-      V total = v[i];
-      for (int n = lanes; n > 1; n /= 2) total = pairs(total, total);
-      out[i] = total[0];
-    }
+  constexpr int lanes = sizeof(V) / 4, together = N < lanes ? N : lanes;
+  for (int i = 0; i < N; i += together) {
+    V sums = transposed_sum<together>(v + i);
+    for (int n = together; n < lanes; n *= 2) sums = pairs(sums, sums);
+    std::memcpy(out + i, &sums, together * sizeof(E));
   }
 }
 
 // out[r][t] = w[r] . x[t] over n elements. The order of a sum depends on n alone: a token's result
-// is the same whatever shares its tile.
+// is the same whatever shares its tile. What is left of n fills a vector up with zeros: of single
+// products and sums a compiler may fuse some and not others.
 template <int R, int T, class W, class X>
 inline void dots(const W* const* w, const X* const* x, int64_t n, float out[R][T]) {
   Floats sums[R][T] = {};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
+  auto add = [&](auto take) __attribute__((always_inline)) {
     Floats left[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) hold(left[r] = load(w[r] + i));
+    for (int r = 0; r < R; r++) hold(left[r] = take(w[r]));
 #pragma GCC unroll 16
     for (int t = 0; t < T; t++) {
-      Floats right = load(x[t] + i);
+      Floats right = take(x[t]);
       hold(right);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) sums[r][t] += left[r] * right;
     }
-  }
+  };
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) add([&](auto* p) { return load(p + i); });
+  if (i < n) add([&](auto* p) { return load(p + i, n - i); });
   Floats all[R * T];
 #pragma GCC unroll 16
   for (int k = 0; k < R * T; k++) all[k] = sums[k / T][k % T];
   sum_each<R * T>(all, out[0]);
-  for (; i < n; i++)
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 16
-      for (int t = 0; t < T; t++) out[r][t] += wide(w[r][i]) * wide(x[t][i]);
 }
 
 // exp in float32 to an ulp or two: 2^k e^r with |r| <= ln 2 / 2, and a polynomial for e^r. Plain
