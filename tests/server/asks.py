@@ -5,10 +5,9 @@ from typing import Any
 
 import httpx
 
-from tests.server.conftest import Running
+from tests.server.conftest import SECONDS, Running
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-SECONDS = 120.0  # a step may have to be compiled
 
 
 def post(server: Running, path: str, body: Any) -> httpx.Response:

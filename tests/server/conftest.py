@@ -21,6 +21,7 @@ from qnext.server.host import Host, Ready
 from tests.ports import free_port
 
 OPTIONS = Options(rows=4, capacity=1024, pages=24, chunk=128, snapshot_every=256, max_waiting=32)
+SECONDS = 120.0  # a step may have to be compiled, and machines pause
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Running:
     def metrics(self) -> dict[str, float]:
         """Samples by name; those with further labels are added up."""
         found: dict[str, float] = {}
-        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
+        for line in httpx.get(f"{self.url}/metrics", timeout=SECONDS).text.splitlines():
             if not line.startswith("#"):
                 name, value = line.rsplit(" ", 1)
                 name = name.partition("{")[0]

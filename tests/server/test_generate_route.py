@@ -10,7 +10,7 @@ import pytest
 
 import qnext as qn
 from tests.server.asks import CHAT, COMPLETIONS, ask, refused, stream
-from tests.server.conftest import Running
+from tests.server.conftest import SECONDS, Running
 
 Demo = tuple[qn.Params, Any]
 TEXT = "Nora has 12 pears and Finn has 7 of them."
@@ -58,7 +58,7 @@ def test_what_cannot_be_tokenized_is_refused(server: Running) -> None:
 
 
 def test_clients_without_files_learn_of_the_tokenizer(server: Running, demo: Demo) -> None:
-    told = httpx.get(f"{server.url}/tokenizer_info").json()
+    told = httpx.get(f"{server.url}/tokenizer_info", timeout=SECONDS).json()
     assert (told["eos_token"], told["eos_token_ids"]) == ("<|im_end|>", [2, 0])
     assert told["vocab_size"] == demo[1].vocab_size
     assert "<|im_start|>" in told["chat_template"]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import qnext as qn
 from qnext.runtime.engine import Engine
 from tests.server.asks import CHAT, COMPLETIONS, ask, error_of, post
-from tests.server.conftest import OPTIONS, Running, ready_host, serving
+from tests.server.conftest import OPTIONS, SECONDS, Running, ready_host, serving
 
 Demo = tuple[qn.Params, Any]
 KEYS = ("a-long-key", "an\u00fcther")
@@ -46,9 +46,9 @@ def bearer(key: str, scheme: str = "Bearer") -> dict[str, Any]:
 
 def test_without_a_key_nothing_is_answered_but_health_and_the_page(guarded: Running) -> None:
     for path in ("/", "/health"):
-        assert httpx.get(guarded.url + path).status_code == 200
+        assert httpx.get(guarded.url + path, timeout=SECONDS).status_code == 200
     for path in ("/metrics", "/v1/models", "/openapi.json", "/nope", "//", "/health/", "/health/x"):
-        response = httpx.get(guarded.url + path)
+        response = httpx.get(guarded.url + path, timeout=SECONDS)
         assert response.status_code == 401, path
         error = error_of(response)
         assert (error["code"], error["type"]) == ("invalid_api_key", "authentication_error")
@@ -80,7 +80,7 @@ def test_without_a_key_nothing_is_answered_but_health_and_the_page(guarded: Runn
     ids=str,
 )
 def test_a_key_opens_as_it_is(guarded: Running, headers: dict[str, Any], status: int) -> None:
-    response = httpx.get(f"{guarded.url}/version", headers=headers)
+    response = httpx.get(f"{guarded.url}/version", headers=headers, timeout=SECONDS)
     assert response.status_code == status
     assert not any(key in response.text for key in KEYS)
 
@@ -126,20 +126,23 @@ def test_bodies_may_have_just_so_many_bytes(guarded: Running) -> None:
 @pytest.mark.parametrize("name", ["a", "0f-9:_x/+=.", "~" * 128])
 def test_plain_request_ids_are_echoed(server: Running, name: str) -> None:
     for path, status in (("/health", 200), ("/nope", 404), ("/v1/completions", 405)):
-        response = httpx.get(server.url + path, headers={"X-Request-Id": name})
+        response = httpx.get(server.url + path, headers={"X-Request-Id": name}, timeout=SECONDS)
         assert (response.headers["x-request-id"], response.status_code) == (name, status)
 
 
 @pytest.mark.parametrize("name", [b"", b"a b", b"a\tb", b"\xff", "\u00fc".encode(), b"~" * 129])
 def test_odd_request_ids_are_replaced(server: Running, name: bytes) -> None:
-    response = httpx.get(f"{server.url}/health", headers={"X-Request-Id": name})
+    response = httpx.get(f"{server.url}/health", headers={"X-Request-Id": name}, timeout=SECONDS)
     assert len(response.headers["x-request-id"]) == 32
     int(response.headers["x-request-id"], 16)
 
 
 def test_requests_without_an_id_get_one_each(guarded: Running) -> None:
-    names = [httpx.get(f"{guarded.url}/health").headers["x-request-id"] for _ in range(3)]
-    refused = httpx.get(f"{guarded.url}/version").headers["x-request-id"]
+    names = [
+        httpx.get(f"{guarded.url}/health", timeout=SECONDS).headers["x-request-id"]
+        for _ in range(3)
+    ]
+    refused = httpx.get(f"{guarded.url}/version", timeout=SECONDS).headers["x-request-id"]
     assert len({*names, refused}) == 4
 
 
@@ -214,7 +217,7 @@ def test_the_log_may_be_json(guarded: Running, caplog: pytest.LogCaptureFixture)
     caplog.set_level(logging.INFO)
     headers = {"X-Api-Key": KEYS[0], "X-Request-Id": "mine"}
     httpx.post(f"{guarded.url}{COMPLETIONS}", json={**BODY, "n": 2}, headers=headers, timeout=60)
-    httpx.get(f"{guarded.url}/a%0ab%20c", headers={"X-Request-Id": "other"})
+    httpx.get(f"{guarded.url}/a%0ab%20c", headers={"X-Request-Id": "other"}, timeout=SECONDS)
     first, second = map(json.loads, lines(caplog, 2))
     assert first.pop("seconds") > 0
     prompt = 2 * len(qn.tokenizer().encode(BODY["prompt"]))
@@ -226,7 +229,7 @@ def test_the_log_may_be_json(guarded: Running, caplog: pytest.LogCaptureFixture)
 
 def test_a_path_cannot_forge_a_line(server: Running, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    httpx.get(f"{server.url}/a%0astatus=200%20id=1")
+    httpx.get(f"{server.url}/a%0astatus=200%20id=1", timeout=SECONDS)
     (line,) = lines(caplog, 1)
     assert "\n" not in line and " status=404 " in line and r"\n" in line
 
@@ -240,19 +243,25 @@ def test_pages_of_known_origins_may_ask(guarded: Running) -> None:
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization",
     }
-    response = httpx.options(guarded.url + CHAT, headers=asking)
+    response = httpx.options(guarded.url + CHAT, headers=asking, timeout=SECONDS)
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == "https://here.example"
     assert "authorization" in response.headers["access-control-allow-headers"].lower()
     for path in ("/health", "/version"):  # refused without a key, but readably
-        answer = httpx.get(guarded.url + path, headers={"Origin": "https://here.example"})
+        answer = httpx.get(
+            guarded.url + path, headers={"Origin": "https://here.example"}, timeout=SECONDS
+        )
         assert answer.headers["access-control-allow-origin"] == "https://here.example"
-        other = httpx.get(guarded.url + path, headers={"Origin": "https://there.example"})
+        other = httpx.get(
+            guarded.url + path, headers={"Origin": "https://there.example"}, timeout=SECONDS
+        )
         assert "access-control-allow-origin" not in other.headers
 
 
 def test_without_origins_no_page_may_ask(server: Running) -> None:
-    answer = httpx.get(f"{server.url}/health", headers={"Origin": "https://here.example"})
+    answer = httpx.get(
+        f"{server.url}/health", headers={"Origin": "https://here.example"}, timeout=SECONDS
+    )
     assert "access-control-allow-origin" not in answer.headers
 
 
@@ -313,19 +322,25 @@ def test_a_body_that_is_not_called_json_is_refused(server: Running) -> None:
     content = json.dumps(BODY).encode()
     for kind in ("text/plain", "application/x-www-form-urlencoded", "", "multipart/form-data"):
         response = httpx.post(
-            server.url + COMPLETIONS, content=content, headers={"Content-Type": kind}
+            server.url + COMPLETIONS,
+            content=content,
+            headers={"Content-Type": kind},
+            timeout=SECONDS,
         )
         assert response.status_code == 400
         assert "application/json" in error_of(response)["message"]
     for kind in ("application/json", "application/json; charset=utf-8", "APPLICATION/JSON"):
         response = httpx.post(
-            server.url + COMPLETIONS, content=content, headers={"Content-Type": kind}
+            server.url + COMPLETIONS,
+            content=content,
+            headers={"Content-Type": kind},
+            timeout=SECONDS,
         )
         assert response.status_code == 200
 
 
 def test_it_is_told_that_a_body_is_too_deep(server: Running) -> None:
-    response = httpx.post(server.url + COMPLETIONS, content=DEEP, headers=JSON)
+    response = httpx.post(server.url + COMPLETIONS, content=DEEP, headers=JSON, timeout=SECONDS)
     assert "deep" in error_of(response)["message"]
 
 

@@ -20,7 +20,7 @@ from qnext.server.app import create_app
 from qnext.server.guide import Grammars
 from qnext.server.host import Host
 from tests.server.asks import CHAT, COMPLETIONS, ask, error_of, refused, stream
-from tests.server.conftest import OPTIONS, Running, ready_host, serving
+from tests.server.conftest import OPTIONS, SECONDS, Running, ready_host, serving
 
 Demo = tuple[qn.Params, Any]
 TEXT = "Nora has 12 pears and Finn has 7 of them."
@@ -145,7 +145,7 @@ def test_the_model_and_the_server_tell_of_themselves(server: Running) -> None:
 
 @pytest.mark.parametrize("name", ["other", "other/one", "demo/x", "", "%0a"])
 def test_another_model_is_not_here(server: Running, name: str) -> None:
-    response = httpx.get(f"{server.url}/v1/models/{name}")
+    response = httpx.get(f"{server.url}/v1/models/{name}", timeout=SECONDS)
     assert response.status_code == 404
     error = error_of(response)
     assert (error["code"], error["param"]) == ("model_not_found", "model")
@@ -159,7 +159,7 @@ def test_other_paths_and_methods_are_told_in_the_same_shape(server: Running) -> 
         ("DELETE", "/health", 405),
         ("POST", "/metrics", 405),
     ):
-        response = httpx.request(method, f"{server.url}{path}")
+        response = httpx.request(method, f"{server.url}{path}", timeout=SECONDS)
         assert response.status_code == status
         error = error_of(response)
         assert error["type"] == "invalid_request_error" and path in error["message"]
@@ -171,7 +171,7 @@ def test_other_paths_and_methods_are_told_in_the_same_shape(server: Running) -> 
 
 def samples(server: Running) -> dict[tuple[str, str], float]:
     """Values by name and the labels beside the model's, as a parser of Prometheus reads them."""
-    response = httpx.get(f"{server.url}/metrics")
+    response = httpx.get(f"{server.url}/metrics", timeout=SECONDS)
     assert response.headers["content-type"].startswith("text/plain")
     found = {}
     for family in text_string_to_metric_families(response.text):
@@ -229,7 +229,7 @@ def test_metrics_count_exactly(fresh: Running) -> None:
 
 @pytest.mark.parametrize(("path", "least"), [("/metrics", 1000), ("/", 1000), ("/health", 5)])
 def test_head_is_get_without_a_body(server: Running, path: str, least: int) -> None:
-    response = httpx.head(f"{server.url}{path}")
+    response = httpx.head(f"{server.url}{path}", timeout=SECONDS)
     assert (response.status_code, response.content) == (200, b"")
     assert int(response.headers["content-length"]) > least
 
@@ -238,7 +238,7 @@ def test_head_is_get_without_a_body(server: Running, path: str, least: int) -> N
 
 
 def test_the_root_is_the_page(server: Running) -> None:
-    response = httpx.get(server.url)
+    response = httpx.get(server.url, timeout=SECONDS)
     page = files("qnext.server").joinpath("page.html").read_text(encoding="utf-8")
     assert response.headers["content-type"] == "text/html; charset=utf-8"
     assert response.text == page

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.ports import free_port
+from tests.server.conftest import SECONDS
 
 pytestmark = pytest.mark.slow  # each starts a process that loads a model
 LONG = {"prompt": "Tom has", "max_tokens": 900, "ignore_eos": True, "stream": True, "seed": 1}
@@ -41,13 +42,13 @@ def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 def _is_ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health").status_code == 200
+        return httpx.get(f"{url}/health", timeout=SECONDS).status_code == 200
     except httpx.TransportError:
         return False
 
 
 def gauges(url: str) -> dict[str, int]:
-    told = httpx.get(f"{url}/server_info").json()
+    told = httpx.get(f"{url}/server_info", timeout=SECONDS).json()
     return {name: told[name] for name in ("running", "waiting", "rows", "rows_free")}
 
 
@@ -63,10 +64,10 @@ def test_the_first_signal_drains() -> None:
             stream = events(response.iter_lines())
             got = [next(stream)]
             server.send_signal(signal.SIGTERM)
-            while (health := httpx.get(f"{url}/health")).status_code == 200:
+            while (health := httpx.get(f"{url}/health", timeout=SECONDS)).status_code == 200:
                 time.sleep(0.01)
             assert health.json()["status"] == "draining"
-            refused = httpx.post(f"{url}/v1/completions", json=LONG)
+            refused = httpx.post(f"{url}/v1/completions", json=LONG, timeout=SECONDS)
             got += stream
         assert refused.status_code == 503
         assert refused.headers["retry-after"] and "draining" in refused.json()["error"]["message"]
