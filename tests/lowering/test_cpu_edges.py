@@ -117,6 +117,19 @@ def test_a_row_is_the_same_whatever_shares_its_batch(name: str, isa: str) -> Non
                 assert torch.equal(whole[row], one[0]) and torch.equal(whole[row], by_two[row])
 
 
+@each_isa
+@pytest.mark.parametrize("hd", [37, 48])
+def test_a_query_is_answered_the_same_whatever_shares_its_chunk(hd: int, isa: str) -> None:
+    """To the bit: 24 answers go by eights or fours; those of few queries by twos and ones, too."""
+    arguments = attention([21, 0, 9, 150, 71], 10, 70, 2, 3, hd)
+    (whole,) = kernel(isa, "attention", **arguments)
+    for count in (1, 2, 3):
+        for t in range(0, 10 - count + 1, count):
+            mine = {k: arguments[k][:, t : t + count] for k in ("query", "position")}
+            (alone,) = kernel(isa, "attention", **arguments | mine)
+            assert torch.equal(alone, whole[:, t : t + count])
+
+
 # --- views ---------------------------------------------------------------------------------------
 
 INDICES = (INDEX, BOOL)

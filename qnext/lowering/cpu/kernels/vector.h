@@ -72,8 +72,9 @@ template <int N, class V> inline V transposed_sum(const V* v) {
   }
 }
 
-// The sums of N vectors, a power of 2, each added up in the same order whatever N is.
+// The sums of N vectors, each added up in the same order whatever N is.
 template <int N, class V, class E> inline void sum_each(const V* v, E* out) {
+  static_assert((N & (N - 1)) == 0, "a power of 2");
   constexpr int lanes = sizeof(V) / 4, together = N < lanes ? N : lanes;
   for (int i = 0; i < N; i += together) {
     V sums = transposed_sum<together>(v + i);
