@@ -1,7 +1,7 @@
 """Who has what: rows, pages and cached prefixes, and the next step's work. Touches no tensor."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from qnext.functional.state import pages_of
 from qnext.runtime.kept import Kept
@@ -66,19 +66,6 @@ class Board:
         """Every sequence that has not ended."""
         return [*self.waiting.values(), *self.running.values(), *self.leaving.values()]
 
-    def uncached(self, sequence: Sequence) -> str | None:
-        """Why a sequence's prefixes are neither looked up nor kept; None where they are."""
-        if not self.options.cache_bytes:
-            return "cache_bytes=0"
-        if not sequence.request.cache:
-            return "cache=false"
-        if sequence.request.prompt_logprobs is not None:
-            return "prompt_logprobs"  # they take every token of the prompt
-        return None
-
-    def caches(self, sequence: Sequence) -> bool:
-        return self.uncached(sequence) is None
-
     def _evicted(self, tokens: tuple[int, ...], pages: list[int], snapshot: Snapshot) -> None:
         """Have a snapshot's pages copied before they are anybody's: the next step begins so."""
 
@@ -108,7 +95,7 @@ class Board:
                 now=now,
             ),
         )
-        expired = [s for s in self.known() if s.number in made.expire]
+        expired = [s for s in self.known() if s.number in made.expire] if made.expire else []
         for sequence in expired:
             self.remove(sequence)
         for number in made.preempt:
@@ -126,7 +113,7 @@ class Board:
         found: dict[int, Hit] = {}
         line = sorted(self.waiting.values(), key=lambda s: (s.request.priority, s.number))
         for sequence in line[: len(self._free)]:
-            if sequence.swapped is None and self.caches(sequence):
+            if sequence.swapped is None and sequence.caches:
                 hit = self.cache.find(sequence.tokens, sequence.prompt - 1)
                 if hit:
                     found[sequence.number] = hit
@@ -137,7 +124,7 @@ class Board:
         if hit is None:
             return job
         idle = sum(self.pages.holders(page) == 1 for page in hit.pages) if scarce else 0
-        return replace(job, length=hit.length, pages=len(hit.pages), idle=idle)
+        return job._replace(length=hit.length, pages=len(hit.pages), idle=idle)
 
     def _own(self, sequence: Sequence) -> int:
         """Pages that no other sequence holds."""
@@ -182,7 +169,7 @@ class Board:
             return
         sequence.admitted = True
         self.stats.prompt += sequence.prompt
-        if not self.caches(sequence):
+        if not sequence.caches:
             return
         sequence.cached = sequence.snapshot = length
         self.stats.cache_queries += sequence.prompt
@@ -213,12 +200,12 @@ class Board:
             pieces.append(_piece(sequence, counts[sequence.number]))
             sequence.sent += counts[sequence.number]
             course.reading.append((sequence.row, sequence, sequence.sent))
-            if self.caches(sequence) and _is_marked(sequence):
+            if sequence.caches and _is_marked(sequence):
                 copies.append(self._copy(sequence))
         for sequence in self._present(made.decode):
             if not self._grow(sequence, grants):
                 continue
-            if self.caches(sequence) and self._is_due(sequence):
+            if self._is_due(sequence) and sequence.caches:
                 copies.append(self._copy(sequence))
             sequence.flying += 1
             sequence.sent = min(sequence.sent + self.ahead, sequence.limit)
@@ -286,7 +273,7 @@ class Board:
             place.pop(sequence.number, None)
         if sequence.place is None:
             return
-        if keep and self.caches(sequence):
+        if keep and sequence.caches:
             self._first.append(self._copy(sequence))
         if wipe:
             own = [p for p in sequence.pages if self.pages.holders(p) == 1]

@@ -31,7 +31,7 @@ from qnext.runtime.request import (
     StepError,
     check,
 )
-from qnext.runtime.sequence import Sequence, Sink, marks_of
+from qnext.runtime.sequence import Sequence, Sink, marks_of, why_uncached
 from qnext.runtime.stats import Stats
 from qnext.runtime.steps import Steps
 from qnext.runtime.work import Done, Drawn, Read, Work
@@ -101,8 +101,9 @@ class Engine:
             sink=sink,
             text=self._continuation(request, ends),
             tokens=list(request.tokens),
+            uncached=why_uncached(request, self.options.cache_bytes),
         )
-        if self.files is not None and self.board.caches(sequence):
+        if self.files is not None and sequence.caches:
             found = self.files.find(request.tokens, sequence.prompt - 1)
             if found:
                 sequence.length, sequence.swapped = found
@@ -112,7 +113,7 @@ class Engine:
         """Let a sequence that was prepared wait for its turn, behind those that came before."""
         self._arrivals += 1
         sequence.number = self._arrivals
-        if self.board.caches(sequence):
+        if sequence.caches:
             sequence.marks = marks_of(sequence.request, self.options.snapshot_every)
         if sequence.swapped is not None:  # from a file; memory may know as much
             hit = self.board.cache.find(sequence.tokens, sequence.prompt - 1)
@@ -347,6 +348,6 @@ class Engine:
                 stopped_by=sequence.text.stopped_by if sequence.text else None,
                 error=sequence.error,
                 acceptance=sequence.acceptance,
-                uncached=self.board.uncached(sequence),
+                uncached=sequence.uncached,
             )
         )

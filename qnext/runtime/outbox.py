@@ -9,10 +9,16 @@ from qnext.runtime.request import Output
 log = logging.getLogger("qnext")
 Deliver = Callable[[Output], None]
 
-# An event loop is busy about as long with one output, and steps on a processor lack that time: of
-# many streams, the outputs of a few quick steps go together. A step that takes longer than that for
-# each of its sequences is not held back.
-SECONDS = 0.0005
+# An event loop is busy for a while with each output, and steps on a processor lack that time: of
+# many streams, the outputs of a few quick steps go together. A stream alone never waits, and none
+# for longer than a screen takes to show the next picture.
+SECONDS = 0.001  # for each of the other streams
+LONGEST = 1 / 60
+
+
+def patience(streams: int) -> float:
+    """Seconds for which outputs may wait for others to go with."""
+    return min(max(streams - 1, 0) * SECONDS, LONGEST)
 
 
 class Outbox:
@@ -34,7 +40,7 @@ class Outbox:
 
     def send(self, now: float, streams: int) -> None:
         """Send what there is, unless it can wait for more; of so many streams that are served."""
-        if not self._loops or not (self._urgent or now >= self._last + streams * SECONDS):
+        if not self._loops or not (self._urgent or now >= self._last + patience(streams)):
             return
         loops, self._loops = self._loops, {}
         self._urgent, self._last = False, now

@@ -17,8 +17,7 @@ from typing import NamedTuple
 from qnext.functional.state import pages_of
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """What planning knows of a request, in tokens of its sequence.
 
     prompt: to be consumed before it decodes. length: consumed, at most, once all steps under way
@@ -62,8 +61,7 @@ class Job:
         return max(pages_of(min(max(self.length, self.prompt) + ahead, self.limit)) - self.pages, 0)
 
 
-@dataclass(frozen=True)
-class Budget:
+class Budget(NamedTuple):
     """What a step may use. `ahead` is what one step of decoding may consume of a sequence."""
 
     rows: int  # free

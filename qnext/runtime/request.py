@@ -1,8 +1,8 @@
 """What is asked of the engine, and what it answers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, runtime_checkable
 from uuid import uuid4
 
 from torch import Tensor
@@ -100,8 +100,7 @@ class Logprob:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """What became certain of a request in one step; `finish` is set on the last.
 
     tokens: new ones, eos included. text: theirs, as far as no stop string may begin in it.
@@ -128,8 +127,7 @@ class Output:
 
 def joined(first: Output, then: Output) -> Output:
     """Two outputs of a request, one after the other, as one."""
-    return replace(
-        then,
+    return then._replace(
         tokens=first.tokens + then.tokens,
         text=first.text + then.text,
         logprobs=first.logprobs + then.logprobs,

@@ -16,15 +16,16 @@ Sink = Callable[[Output], None]
 
 @dataclass(eq=False)
 class Sequence:
-    """tokens: the prompt and what was drawn; of a sequence that decodes all but the last are
-    consumed. sent: consumed, at most, once every step under way has run. `swapped` is its state
-    while it runs no more and waits."""
+    """uncached: why no prefix of it is looked up or kept, if so. tokens: the prompt and what was
+    drawn; of a sequence that decodes all but the last are consumed. sent: consumed, at most, once
+    every step under way has run. `swapped` is its state while it runs no more and waits."""
 
     request: Request
     ends: tuple[int, ...]
     sink: Sink
     text: Continuation | None
     tokens: list[int]
+    uncached: str | None = None
     number: int = 0  # of its arrival
     marks: tuple[int, ...] = ()
     place: int | None = None
@@ -46,6 +47,10 @@ class Sequence:
         """Its place in the worker's tables, while it runs."""
         assert self.place is not None
         return self.place
+
+    @property
+    def caches(self) -> bool:
+        return self.uncached is None
 
     @cached_property
     def prompt(self) -> int:
@@ -99,3 +104,14 @@ def marks_of(request: Request, every: int, most: int = 4) -> tuple[int, ...]:
     known = sorted({mark for mark in request.marks if 0 < mark < len(request.tokens) - 1})
     chosen = known if len(known) <= most else [known[0], *known[1 - most :]]
     return tuple(sorted({*chosen, *range(every, len(request.tokens) - 1, every)}))
+
+
+def why_uncached(request: Request, cache_bytes: int) -> str | None:
+    """Why a request's prefixes are neither looked up nor kept; None where they are."""
+    if not cache_bytes:
+        return "cache_bytes=0"
+    if not request.cache:
+        return "cache=false"
+    if request.prompt_logprobs is not None:
+        return "prompt_logprobs"  # they take every token of the prompt
+    return None

@@ -5,6 +5,7 @@ Rows are places in the worker's tables; the engine decides who has which.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from qnext.functional.sampling import Sampling
 from qnext.runtime.kept import Kept
@@ -83,8 +84,7 @@ class Work:
     decode: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """What one row drew in a step; finite: whether its logits were numbers."""
 
     tokens: tuple[int, ...]
@@ -92,8 +92,7 @@ class Drawn:
     logprobs: tuple[Logprob, ...] = ()
 
 
-@dataclass(frozen=True)
-class Read:
+class Read(NamedTuple):
     """What became of a piece of a prompt."""
 
     finite: bool

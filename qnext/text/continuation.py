@@ -56,6 +56,9 @@ class Continuation:
         return text
 
     def _take(self, text: str) -> None:
+        if not self.stops:
+            self.ready += text
+            return
         known = len(self.held)  # what was complete in there did not end it
         self.held += text
         found = [

@@ -1,7 +1,7 @@
 """Token ids from text and text from token ids, by the `tokenizers` library."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -42,6 +42,8 @@ class Tokenizer:
     template: ChatTemplate | None
     eos_ids: tuple[int, ...]
     special_tokens: Mapping[str, str]
+    # what `text_of` has told: a server asks for every token it draws, of which few are new
+    _texts: dict[tuple[int, bool], str] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Self:
@@ -75,7 +77,7 @@ class Tokenizer:
 
     def knows(self, token: int) -> bool:
         """Whether the vocabulary has this id; a model may draw ids beyond it."""
-        return _is_known(self.backend, token)
+        return (token, True) in self._texts or _is_known(self.backend, token)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Returns the ids of a text.
@@ -100,6 +102,14 @@ class Tokenizer:
         for token in ids:
             self._check(token)
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def text_of(self, token: int, skip_special_tokens: bool = True) -> str:
+        """`decode` of one token, which is looked up once. Raises TokenizerError."""
+        text = self._texts.get((token, skip_special_tokens))
+        if text is None:
+            text = self.decode([token], skip_special_tokens=skip_special_tokens)
+            self._texts[token, skip_special_tokens] = text
+        return text
 
     def stream(
         self, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
@@ -183,7 +193,7 @@ class DecodeStream:
         # One id more than can be pending: with its lead byte a whole last character shows as such.
         tail: list[int] = []
         for token in reversed(prompt_ids):
-            if self._decode([token]):
+            if self._text_of(token):
                 tail.append(token)
             if len(tail) > _MOST_PENDING:
                 break
@@ -195,9 +205,11 @@ class DecodeStream:
 
         Raises TokenizerError for an id that is not in the vocabulary; the stream is unchanged.
         """
-        text = self._decode([token])
+        text = self._text_of(token)
         if not text:
             return ""  # a skipped special token has no bytes, so it may stand inside a character
+        if not self._window and not text.endswith(_REPLACEMENT):
+            return text  # as nearly always: whole characters, and nothing before them
         window = [*self._window, token]
         if self._window:
             text = self._decode(window)
@@ -219,6 +231,9 @@ class DecodeStream:
         piece = self._decode(self._window)[self._sent :]
         self._window, self._sent = [], 0
         return piece
+
+    def _text_of(self, token: int) -> str:
+        return self._tokenizer.text_of(token, self._skip_special_tokens)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from qnext.runtime.outbox import SECONDS, Outbox
+from qnext.runtime.outbox import LONGEST, SECONDS, Outbox, patience
 from qnext.runtime.request import Output
 
 
@@ -48,25 +48,35 @@ def test_outputs_of_quick_steps_go_together_and_in_order(sent):
     outbox, loop, arrived = sent
     for made in (2, 3):
         put(sent, made)
-        outbox.send(now=100.0 + 8 * SECONDS * 0.9, streams=8)
+        outbox.send(now=100.0 + 7 * SECONDS * 0.9, streams=8)
     assert arrived == [1] and loop.woken == 1
     put(sent, 4)
-    outbox.send(now=100.0 + 8 * SECONDS, streams=8)
+    outbox.send(now=100.0 + 7 * SECONDS, streams=8)
     assert arrived == [1, 2, 3, 4] and loop.woken == 2
 
 
 def test_a_step_that_takes_longer_is_not_held_back(sent):
     outbox, _, arrived = sent
     put(sent, 2)
-    outbox.send(now=100.0 + 8 * SECONDS, streams=8)
+    outbox.send(now=100.0 + 7 * SECONDS, streams=8)
     assert arrived == [1, 2]
 
 
-def test_few_streams_wait_for_less(sent):
+def test_a_stream_alone_never_waits(sent):
     outbox, _, arrived = sent
     put(sent, 2)
-    outbox.send(now=100.0 + SECONDS, streams=1)
+    outbox.send(now=100.0, streams=1)
     assert arrived == [1, 2]
+
+
+def test_no_stream_waits_for_longer_than_a_picture_takes(sent):
+    outbox, _, arrived = sent
+    put(sent, 2)
+    outbox.send(now=100.0 + 0.9 * LONGEST, streams=1000)
+    assert arrived == [1]
+    outbox.send(now=100.0 + 1.001 * LONGEST, streams=1000)
+    assert arrived == [1, 2]
+    assert patience(0) == patience(1) == 0
 
 
 def test_the_last_output_never_waits_nor_what_lies_before_it(sent):

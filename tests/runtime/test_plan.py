@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -159,7 +158,7 @@ def check_work(case: Case, made: Plan) -> None:
     """All who can decode do; chunks end at marks and prompts; no token is left over in vain."""
     present = booked(case, made).present
     counts = {each.id: each.count for each in made.prefill}
-    after = [replace(job, length=job.length + counts.get(job.id, 0)) for job in present]
+    after = [job._replace(length=job.length + counts.get(job.id, 0)) for job in present]
     assert list(made.decode) == [job.id for job in line(growing(after))]
     reading = [job for job in present if job.length < job.prompt]
     most = {job.id: chunk_end(job) - job.length for job in reading}
@@ -243,7 +242,7 @@ def test_nothing_to_do_is_no_plan() -> None:
     assert plan([], [], Budget(3, 9)) == ((), (), (), (), ()) and not plan([], [], Budget(3, 9))
     done = job(1, 5, more=2, length=7, pages=1, own=1)
     assert not plan([job(2, 5)], [done], Budget(0, 9))  # it keeps its row until it is settled
-    assert plan([], [replace(done, length=6)], Budget(0, 9)).decode == (1,)
+    assert plan([], [done._replace(length=6)], Budget(0, 9)).decode == (1,)
 
 
 def test_who_has_read_its_prompt_decodes_in_the_same_step() -> None:
@@ -270,13 +269,13 @@ def test_tokens_are_shared_out() -> None:
     assert {*plan([], [long, short, shorter], budget).prefill} == {
         *(Chunk(1, 50 + 12), Chunk(2, 30), Chunk(3, 8))
     }
-    given_more = replace(short, prompt=300, limit=300, length=20)
+    given_more = short._replace(prompt=300, limit=300, length=20)
     assert {*plan([], [long, given_more, shorter], budget).prefill} == {
         *(Chunk(1, 50), Chunk(2, 42), Chunk(3, 8))
     }
-    marked = replace(long, length=40, marks=(10, 40, 47, 90))
+    marked = long._replace(length=40, marks=(10, 40, 47, 90))
     assert {*plan([], [marked, given_more], budget).prefill} == {Chunk(1, 7), Chunk(2, 93)}
-    assert plan([], [long, short], replace(budget, tokens=1)).prefill == (Chunk(1, 1),)
+    assert plan([], [long, short], budget._replace(tokens=1)).prefill == (Chunk(1, 1),)
 
 
 @pytest.mark.parametrize("priority", [0, 1, 2])
@@ -294,14 +293,14 @@ def test_who_decodes_grows_at_the_cost_of_the_last() -> None:
     budget = Budget(rows=5, pages=1)
     made = plan([job(4, 9)], ready, budget)
     assert (made.preempt, made.decode, made.admit) == ((3,), (1, 2), ())
-    rich = [*ready[:2], replace(ready[2], pages=3, own=3)]
+    rich = [*ready[:2], ready[2]._replace(pages=3, own=3)]
     assert plan([job(4, 9)], rich, budget) == made  # 4 does not get what was taken from 3
     assert plan([job(0, 9)], rich, budget).admit == (0,)
-    assert plan([], ready, replace(budget, pages=3)).decode == (1, 2, 3)
-    alone = plan([], ready[:1], replace(budget, pages=0))
+    assert plan([], ready, budget._replace(pages=3)).decode == (1, 2, 3)
+    alone = plan([], ready[:1], budget._replace(pages=0))
     assert (alone.preempt, alone.decode) == ((1,), ())
-    shared = [ready[0], replace(ready[1], own=0), ready[2]]  # who gives nothing goes as well
-    assert plan([], shared[:2], replace(budget, pages=0)).preempt == (2, 1)
+    shared = [ready[0], ready[1]._replace(own=0), ready[2]]  # who gives nothing goes as well
+    assert plan([], shared[:2], budget._replace(pages=0)).preempt == (2, 1)
 
 
 def test_a_higher_priority_swaps_out_lower_ones_if_that_is_enough() -> None:
@@ -311,11 +310,11 @@ def test_a_higher_priority_swaps_out_lower_ones_if_that_is_enough() -> None:
     assert (made.preempt, made.admit, made.prefill) == ((2, 1), (3,), (Chunk(3, 256),))
     made = plan([urgent], low, Budget(rows=0, pages=3))
     assert (made.preempt, made.admit) == ((2,), (3,))
-    made = plan([replace(urgent, limit=513)], low, Budget(rows=0, pages=0))  # one token more
+    made = plan([urgent._replace(limit=513)], low, Budget(rows=0, pages=0))  # one token more
     assert (made.preempt, made.admit) == ((2, 1), (3,))
-    made = plan([replace(urgent, prompt=512, limit=513)], low, Budget(rows=0, pages=0))
+    made = plan([urgent._replace(prompt=512, limit=513)], low, Budget(rows=0, pages=0))
     assert not made.preempt and not made.admit and len(made.prefill) == 2
-    made = plan([replace(urgent, priority=5)], low, Budget(rows=0, pages=9))
+    made = plan([urgent._replace(priority=5)], low, Budget(rows=0, pages=9))
     assert not made.preempt and not made.admit
 
 
@@ -324,7 +323,7 @@ def test_pages_for_tokens_that_will_not_be_drawn_are_free() -> None:
     low = job(1, 9, length=128, pages=1, priority=1, more=300)
     made = plan([job(2, 9)], [low], Budget(rows=0, pages=1))
     assert (made.preempt, made.admit, made.prefill) == ((1,), (2,), (Chunk(2, 9),))
-    made = plan([job(2, 9), job(3, 9)], [replace(low, own=1)], Budget(rows=1, pages=1))
+    made = plan([job(2, 9), job(3, 9)], [low._replace(own=1)], Budget(rows=1, pages=1))
     assert (made.preempt, made.admit) == ((1,), (2, 3))
 
 

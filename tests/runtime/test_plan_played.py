@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -81,17 +80,17 @@ class Play:
         for pages in hits.values():
             self.pool.share(pages)  # so they are nobody's own meanwhile
         waiting = [
-            replace(self.jobs[i], length=128 * len(pages) + 1, pages=len(pages))
+            self.jobs[i]._replace(length=128 * len(pages) + 1, pages=len(pages))
             if pages
             else self.jobs[i]
             for i, pages in hits.items()
         ]
         running = [
-            replace(self.jobs[i], pages=len(pages), own=self.own(pages))
+            self.jobs[i]._replace(pages=len(pages), own=self.own(pages))
             for i, pages in self.held.items()
         ]
         rows = self.budget.rows - len(self.held)
-        budget = replace(self.budget, rows=rows, pages=self.pool.free, now=float(self.now))
+        budget = self.budget._replace(rows=rows, pages=self.pool.free, now=float(self.now))
         made = plan(waiting, running, budget)
         self.carry_out(made, {job.id: job for job in waiting}, hits)
         for pages in hits.values():
@@ -119,7 +118,7 @@ class Play:
             self.remove(i)
         for i in made.admit:
             assert i not in self.held
-            self.jobs[i] = replace(waiting[i], pages=0)
+            self.jobs[i] = waiting[i]._replace(pages=0)
             self.pool.share(hits[i])
             self.held[i] = [*hits[i]]
             self.grow(i)
@@ -139,7 +138,7 @@ class Play:
         job = self.jobs[i]
         length = min(job.length + count, job.limit)
         assert pages_of(length) <= len(self.held[i])
-        self.jobs[i] = replace(job, length=length)
+        self.jobs[i] = job._replace(length=length)
 
 
 def sorted_by_step(requests: list[Arrival]) -> list[Arrival]:
