@@ -142,14 +142,14 @@ async def speed(made: Server, rounds: int) -> dict[str, Any]:
         async def client(number: int, count: int) -> int:
             total = 0
             for i in range(count):
-                body = {"prompt": prompts[(number * 7 + i) % len(prompts)], "max_tokens": 128}
+                body = {"prompt": prompts[(number * 7 + i) % len(prompts)], "max_tokens": 512}
                 body |= {"ignore_eos": True, "temperature": 0}
                 total += (await ask(session, made.url, body)).made
             return total
 
         await asyncio.gather(*(client(i, 1) for i in range(16)))
         for _ in tqdm(range(rounds), desc="rounds"):
-            for clients, each in ((1, 8), (16, 4)):
+            for clients, each in ((1, 2), (16, 1)):
                 began = time.perf_counter()
                 totals = await asyncio.gather(*(client(i, each) for i in range(clients)))
                 rates[clients].append(sum(totals) / (time.perf_counter() - began))

@@ -48,12 +48,13 @@ struct Tensor {
     return n;
   }
   int64_t place(int64_t row) const {
-    int64_t at = 0;
-    for (int64_t i = dims - 2; i >= 0; i--) {
-      at += row % size[i] * stride[i];
-      row /= size[i];
+    int64_t at = 0, outer = dims - 2;
+    for (; outer > 0; outer--) {
+      if (size[outer] == 1) continue;  // division is what takes long here
+      at += row % size[outer] * stride[outer];
+      row /= size[outer];
     }
-    return at;
+    return outer < 0 ? 0 : at + row * stride[0];
   }
   template <class T> T* row(int64_t r) const { return reinterpret_cast<T*>(data) + place(r); }
   template <class T> T* at(int64_t i = 0, int64_t j = 0, int64_t k = 0) const {

@@ -19,31 +19,55 @@ static inline void relax() {
 // Threads take tasks as they come, so one that is slowed down takes fewer. A phase is over when its
 // tasks are done, whoever did them: a thread that lost its core to somebody else is waited for only
 // if it holds a task, and where it comes back late it goes on with the phase that is under way.
+//
+// Tasks are short, and a number that another core has written takes as long to read (80 to 300 ns
+// measured): so each thread has a share of them that it takes from first, counted where no other
+// looks until its own share is empty, and what it has done is told once a phase.
 class Crew {
   static constexpr int SHIFT = 32;
-  std::atomic<uint64_t> next{0};  // (phase, its next task)
-  std::atomic<int64_t> done{0};   // tasks of this phase
+  static constexpr int64_t MOST = 8;  // shares; more threads than that have them together
+  struct alignas(64) Number {         // in a cache line of its own
+    std::atomic<uint64_t> value{0};   // (phase, tasks)
+  };
+  Number taken[MOST], done;
+  const int64_t shares;
+
+  // A task of a share; none (-1) where all are taken or the phase is over.
+  int64_t take(uint64_t phase, int64_t tasks, int64_t share) {
+    int64_t begin = tasks * share / shares, size = tasks * (share + 1) / shares - begin;
+    std::atomic<uint64_t>& number = taken[share].value;
+    for (uint64_t seen = number.load(std::memory_order_acquire);;) {
+      int64_t count = seen >> SHIFT == phase ? int64_t(uint32_t(seen)) : 0;  // else of one before
+      if (seen >> SHIFT > phase || count >= size) return -1;
+      uint64_t next = (phase << SHIFT) + uint64_t(count + 1);
+      if (number.compare_exchange_weak(seen, next, std::memory_order_acq_rel)) return begin + count;
+    }
+  }
 
  public:
-  // A task of a phase; none (-1) where all are taken or the phase is over.
-  int64_t take(uint64_t phase, int64_t tasks) {
-    uint64_t seen = next.load(std::memory_order_acquire);
-    while (seen >> SHIFT == phase && int64_t(uint32_t(seen)) < tasks)
-      if (next.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel))
-        return int64_t(uint32_t(seen));
-    return -1;
+  explicit Crew(int64_t threads) : shares(threads < MOST ? threads : MOST) {}
+
+  // Runs tasks of a phase until there are none, and returns when the phase is over.
+  template <class Task> void run(uint64_t phase, int64_t tasks, int64_t thread, Task task) {
+    uint64_t ran = 0;
+    for (int64_t i = 0; i < shares; i++)
+      for (int64_t t; (t = take(phase, tasks, (thread + i) % shares)) >= 0; ran++) task(t);
+    if (ran || !tasks) finish(phase, ran, tasks);
+    await_end(phase);
   }
-  void finish(uint64_t phase, int64_t tasks) {
-    if (done.fetch_add(1, std::memory_order_acq_rel) < tasks - 1) return;
-    done.store(0, std::memory_order_relaxed);
-    next.store((phase + 1) << SHIFT, std::memory_order_release);
-  }
-  void skip(uint64_t phase) {  // one without tasks; whoever comes first does
-    uint64_t empty = phase << SHIFT;
-    next.compare_exchange_strong(empty, (phase + 1) << SHIFT, std::memory_order_acq_rel);
+
+ private:
+  void finish(uint64_t phase, uint64_t ran, int64_t tasks) {
+    uint64_t now = phase << SHIFT, over = (phase + 1) << SHIFT;
+    if (!tasks) {  // whoever comes first ends it
+      done.value.compare_exchange_strong(now, over, std::memory_order_acq_rel);
+      return;
+    }
+    now = done.value.fetch_add(ran, std::memory_order_acq_rel) + ran;
+    if (int64_t(uint32_t(now)) == tasks) done.value.store(over, std::memory_order_release);
   }
   void await_end(uint64_t phase) {
-    for (int64_t spins = 0; next.load(std::memory_order_acquire) >> SHIFT == phase; spins++)
+    for (int64_t spins = 0; done.value.load(std::memory_order_acquire) >> SHIFT == phase; spins++)
       if (spins < 5000) {
         relax();
       } else {
@@ -56,20 +80,17 @@ struct Run {
   const Call* calls;
   int64_t count;
   Crew crew;
+  std::atomic<int64_t> threads{0};  // that have come
 
   void work() {  // what each thread does
     uint64_t number = 0;
+    int64_t thread = threads.fetch_add(1, std::memory_order_relaxed);
     for (int64_t i = 0; i < count; i++) {
       const Call& call = calls[i];
       for (int64_t phase = 0;; phase++, number++) {
         int64_t tasks = call.kernel->tasks(call, phase);
         if (tasks == DONE) break;
-        if (tasks == 0) crew.skip(number);
-        for (int64_t task; (task = crew.take(number, tasks)) >= 0;) {
-          call.kernel->run(call, phase, task);
-          crew.finish(number, tasks);
-        }
-        crew.await_end(number);
+        crew.run(number, tasks, thread, [&](int64_t task) { call.kernel->run(call, phase, task); });
       }
     }
   }
@@ -98,7 +119,7 @@ void qnext_use(decltype(in_parallel) parallel) { in_parallel = parallel; }
 void qnext_run(const Call* calls, int64_t count, Tensor* tensors, int64_t tensor_count,
                const int64_t* slot, const int64_t* offset, char* const* memory, int64_t threads) {
   for (int64_t i = 0; i < tensor_count; i++) tensors[i].data = memory[slot[i]] + offset[i];
-  Run run{calls, count, {}};
+  Run run{calls, count, Crew(threads)};
   if (threads == 1 || !in_parallel) return run.work();
   in_parallel([](void* run) { static_cast<Run*>(run)->work(); }, &run, unsigned(threads), 0);
 }
