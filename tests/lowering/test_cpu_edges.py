@@ -117,6 +117,18 @@ def test_a_row_is_the_same_whatever_shares_its_batch(name: str, isa: str) -> Non
                 assert torch.equal(whole[row], one[0]) and torch.equal(whole[row], by_two[row])
 
 
+@pytest.mark.parametrize("count", [3, 11])
+@pytest.mark.parametrize("name", ["linear", "experts", "delta_rule", "add"])
+def test_threads_share_the_tasks_whatever_their_number(name: str, count: int) -> None:
+    """Of more threads than there are shares some have one together; of few tasks some get none."""
+    arguments = cast(name, batches(name), same(name, F32))
+    alone = touched(name, arguments, kernel("native", name, **arguments))
+    with threads(count):
+        for _ in range(20):
+            shared = touched(name, arguments, kernel("native", name, **arguments))
+            assert all(map(torch.equal, shared, alone))
+
+
 @each_isa
 @pytest.mark.parametrize("hd", [37, 48])
 def test_a_query_is_answered_the_same_whatever_shares_its_chunk(hd: int, isa: str) -> None:
