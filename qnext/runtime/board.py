@@ -95,7 +95,7 @@ class Board:
                 now=now,
             ),
         )
-        expired = [s for s in self.known() if s.number in made.expire] if made.expire else []
+        expired = [s for s in self.known() if s.number in made.expire]
         for sequence in expired:
             self.remove(sequence)
         for number in made.preempt:
