@@ -33,8 +33,7 @@ def serve(served: Engine, requests: list[Request]) -> list[Output]:
         served.submit(request, into.append)
     served.run()
     return [
-        replace(
-            each[-1],
+        each[-1]._replace(
             tokens=tuple(t for output in each for t in output.tokens),
             text="".join(output.text for output in each),
         )
