@@ -11,9 +11,9 @@ Deliver = Callable[[Output], None]
 
 # An event loop is busy for a while with each output, and steps on a processor lack that time: of
 # many streams, the outputs of a few quick steps go together. A stream alone never waits, and none
-# for longer than a screen takes to show the next picture.
-SECONDS = 0.001  # for each of the other streams
-LONGEST = 1 / 60
+# for as long as a film shows one picture.
+SECONDS = 0.002  # for each of the other streams
+LONGEST = 1 / 30
 
 
 def patience(streams: int) -> float:
