@@ -9,6 +9,7 @@ from pathlib import Path
 from qnext.bench.figures import Figures, measure, report
 from qnext.bench.plot import draw, import_figure
 from qnext.bench.serve import PATHS, Bench, Options, import_aiohttp
+from qnext.bench.steps.command import add_steps
 from qnext.embedded import PROBLEMS
 from qnext.errors import InputError
 
@@ -37,9 +38,12 @@ The exit status is 1 where no request was answered.
 
 def add_bench(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     bench = verbs.add_parser(
-        "bench", help="measure a server", description="Measure how fast a server answers."
+        "bench",
+        help="measure a server, or steps on this machine",
+        description="Measure how fast a server answers, or steps of a model run on this machine.",
     )
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND")
+    add_steps(kinds)
     verb = kinds.add_parser(
         "serve",
         help="load for a server with OpenAI's API",

@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
         *("qnext.functional", "qnext.lowering", "qnext.runtime", "qnext.text"),
     },
     "qnext.bench": {"numpy", "tqdm", "qnext.bench", "qnext.embedded", "qnext.errors"},
+    "qnext.bench.steps": {"torch", "tqdm", "qnext"},
     "qnext.server": {"torch", "tqdm", "qnext"},
     "qnext.doctor": {"torch", "qnext.errors", "qnext.lowering"},
     "qnext.arguments": {"torch", "qnext"},
