@@ -5,6 +5,7 @@ Rounds go through all cases, so that a noisy machine is noisy for all; medians a
 
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -177,4 +178,5 @@ def measure_prefill(
 
 def peak_bytes() -> int:
     """The most memory that this process has had so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
