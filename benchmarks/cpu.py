@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import qnext as qn
-from benchmarks.eager import bandwidth, checkpoint, decode_bytes, where_measured
+from benchmarks.eager import checkpoint, where_measured
+from qnext.bench.steps.roofline import bandwidth, decode_bytes
 from qnext.functional.quantize import KEPT
 
 STEPS = 12  # decode steps of a round; their median is the round's figure

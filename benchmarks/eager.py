@@ -23,7 +23,7 @@ import transformers
 from tqdm import tqdm
 
 import qnext as qn
-from qnext.functional.tree import leaves
+from qnext.bench.steps.roofline import bandwidth, decode_bytes
 
 MID = {
     "vocab_size": 32_768,
@@ -80,33 +80,6 @@ def run_transformers(model: Any, tokens: torch.Tensor, new: int) -> Times:
             out = model(following, past_key_values=out.past_key_values, use_cache=True)
             steps.append(time.perf_counter() - began)
     return prefill, statistics.median(steps)
-
-
-def bandwidth() -> float:
-    """Bytes per second of reading 1 GiB, the best of five passes."""
-    block = torch.ones(1 << 28)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        block.sum()
-        seconds.append(time.perf_counter() - began)
-    return block.nbytes / min(seconds)
-
-
-def decode_bytes(params: qn.Params, batch: int) -> float:
-    """Least bytes a decode step of one row reads and writes; experts counted as if all differ."""
-    config = params.config
-    every = sum(leaf.nbytes for leaf in leaves(params)) - params.embed.nbytes
-    experts = sum(
-        leaf.nbytes  # of a matrix, or of its integers and scales
-        for layer, moe in zip(params.layers, config.is_moe, strict=True)
-        if moe
-        for leaf in leaves((layer.ffn.gate_up, layer.ffn.down))
-    )
-    hit = min(batch * config.num_experts_per_tok, config.num_experts) / config.num_experts
-    state = qn.init_state(config, 1, 1)
-    recurrent = sum(s.recurrent[0].nbytes for s in state.layers if hasattr(s, "recurrent"))
-    return every - experts + experts * hit + 2 * batch * recurrent
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from qnext.bench.figures import Figures, measure, report
-from qnext.bench.plot import draw, import_figure
+from qnext.bench.files import check_files
+from qnext.bench.plot import draw
 from qnext.bench.serve import PATHS, Bench, Options, import_aiohttp
 from qnext.bench.steps.command import add_steps
 from qnext.embedded import PROBLEMS
@@ -146,7 +147,7 @@ def _add_prompts(verb: argparse.ArgumentParser) -> None:
 def run_bench_serve(args: argparse.Namespace) -> int:
     """Measure a server and report; returns the exit status. Ctrl-C reports what there is."""
     options = options_of(args)
-    _check_files(args)
+    check_files(args.json, args.plot)
     import_aiohttp()
     bench = Bench(options)
     began = datetime.now(UTC)
@@ -185,17 +186,6 @@ def options_of(args: argparse.Namespace) -> Options:
         temperature=args.temperature,
         timeout=args.timeout,
     )
-
-
-def _check_files(args: argparse.Namespace) -> None:
-    """Refuse at once what could not be written after an hour of measuring."""
-    for name, path in (("--json", args.json), ("--plot", args.plot)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise InputError(f"{name} {path}: must be a file in a directory that exists")
-    if args.plot is not None:
-        if args.plot.suffix.lower() != ".png":
-            raise InputError(f"--plot {args.plot}: the picture is a PNG, name it .png")
-        import_figure()
 
 
 def _tell(

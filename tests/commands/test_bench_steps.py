@@ -1,6 +1,7 @@
 """`qnext bench decode` and `prefill`: what they measure, tell and write; figures of the limits."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def test_decode_tells_a_line_and_writes_a_row_for_each_case(tmp_path: Path, caps
     more = ("--chunk", "16", "--target", "cpu", "reference")
     assert run("decode", *sizes, *more, "--json", str(file), "--plot", str(picture)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "the demo, float32" in lines[0] and "GB/s" in lines[1]
+    assert "the demo, float32" in lines[0] and "20 tokens" in lines[1] and "GB/s" in lines[1]
     wanted = [("cpu", 1), ("reference", 1), ("cpu", 3), ("reference", 3)]
     assert [(l.split()[0], int(l.split()[1])) for l in lines[3:]] == wanted
     told = json.loads(file.read_text())
@@ -87,6 +88,15 @@ def test_the_head_that_is_read_is_the_embedding_where_they_are_tied(params: qn.P
     assert decode_bytes(tied, 3) == decode_bytes(params, 3)
 
 
+def test_a_model_without_experts_has_limits_too(params: qn.Params) -> None:
+    config = replace(params.config, num_experts=0, mtp_layers=0)
+    dense = qn.init_params(config, seed=3)
+    assert not any(config.is_moe)
+    read = sum(leaf.nbytes for leaf in leaves((dense.layers, dense.norm, dense.head)))
+    assert decode_bytes(dense, 2) - decode_bytes(dense, 1) == decode_bytes(dense, 1) - read
+    assert prefill_flops(dense, 2) > prefill_flops(dense, 1) > 0
+
+
 def test_the_operations_of_a_prompt_are_those_of_its_sites(params: qn.Params) -> None:
     """All products with weights, as the trace has them; of the head one token's."""
     seq, config = 24, params.config
@@ -116,7 +126,15 @@ def test_what_cannot_be_measured_or_written_is_refused_at_once(words, says, caps
     assert says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [("decode", "--batch", "0"), ("prefill", "--length", "-4")])
+def test_what_would_run_on_the_definitions_is_not_told_as_kernels(capsys) -> None:
+    assert run("decode", "--dtype", "float64", "--prompt", "3", "--chunk", "4") == 2
+    out, err = capsys.readouterr()
+    assert "left on the reference" in err and "float64" in err and not out
+
+
+@pytest.mark.parametrize(
+    "words", [("decode", "--batch", "0"), ("prefill", "--length", "-4"), ("decode", "--steps", "a")]
+)
 def test_counts_are_positive(words, capsys) -> None:
     with pytest.raises(SystemExit):
         run(*words)

@@ -11,11 +11,10 @@ import torch
 
 import qnext as qn
 from qnext.arguments import DTYPES, add_model
-from qnext.bench.plot import import_figure
+from qnext.bench.files import check_files
 from qnext.bench.steps.measure import Figure, measure_decode, measure_prefill
 from qnext.bench.steps.plot import draw_decode, draw_prefill
 from qnext.bench.steps.roofline import arithmetic, bandwidth
-from qnext.errors import InputError
 
 TARGETS = ("cpu", "reference")
 DECODE = """\
@@ -88,34 +87,27 @@ def _verb(
     verb.add_argument(
         "--chunk", type=_count, default=512, metavar="N", help="tokens read at once (default: 512)"
     )
-    verb.add_argument("--threads", type=_count, metavar="N", help="default: one for each core")
+    verb.add_argument("--threads", type=_count, metavar="N", help="default: PyTorch's own")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     verb.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them")
     return verb
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text}")
-    return value
+    return int(text)
 
 
 def run_bench_decode(args: argparse.Namespace) -> None:
     """Measure decode steps and report."""
     params = _start(args)
-    figures = measure_decode(
-        params,
-        args.target,
-        sorted(set(args.batch)),
-        *(args.prompt, args.steps, args.rounds, args.chunk),
-        progress=True,
-    )
+    sizes = (sorted(set(args.batch)), args.prompt, args.steps, args.rounds, args.chunk)
+    figures = measure_decode(params, _targets(args), *sizes, progress=True)
     limit = bandwidth()
-    print(f"{_model(args, params)}, a prompt of {args.prompt} tokens, {_machine()}")
-    print(f"read at {limit / 1e9:.1f} GB/s")
-    print(table(figures, limit, "batch", "ms/step"), flush=True)
-    _write(args, "decode", params, figures, {"bytes_per_second": limit})
+    where = f"a prompt of {args.prompt} tokens, read at {limit / 1e9:.1f} GB/s"
+    _tell(args, params, where, table(figures, limit, "batch", "ms/step"))
+    _write(args, params, figures, {"bytes_per_second": limit})
     if args.plot:
         draw_decode(figures, limit, _model(args, params), args.plot)
 
@@ -123,27 +115,19 @@ def run_bench_decode(args: argparse.Namespace) -> None:
 def run_bench_prefill(args: argparse.Namespace) -> None:
     """Measure prefills and report."""
     params = _start(args)
-    figures = measure_prefill(
-        params, args.target, sorted(set(args.length)), args.rounds, args.chunk, progress=True
-    )
+    sizes = (sorted(set(args.length)), args.rounds, args.chunk)
+    figures = measure_prefill(params, _targets(args), *sizes, progress=True)
     limit = arithmetic()
-    print(f"{_model(args, params)}, chunks of {args.chunk} tokens, {_machine()}")
-    print(f"products of float32 at {limit / 1e9:.0f} GFLOP/s")
-    print(table(figures, limit, "length", "ms"), flush=True)
-    _write(args, "prefill", params, figures, {"flops_per_second": limit})
+    where = f"chunks of {args.chunk} tokens, products of float32 at {limit / 1e9:.0f} GFLOP/s"
+    _tell(args, params, where, table(figures, limit, "length", "ms"))
+    _write(args, params, figures, {"flops_per_second": limit})
     if args.plot:
         draw_prefill(figures, limit, _model(args, params), args.plot)
 
 
 def _start(args: argparse.Namespace) -> qn.Params:
     """Check what can be refused at once; then the model."""
-    for name, path in (("--json", args.json), ("--plot", args.plot)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise InputError(f"{name} {path}: must be a file in a directory that exists")
-    if args.plot is not None:
-        if args.plot.suffix.lower() != ".png":
-            raise InputError(f"--plot {args.plot}: the picture is a PNG, name it .png")
-        import_figure()
+    check_files(args.json, args.plot)
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = DTYPES.get(args.dtype)
@@ -154,14 +138,20 @@ def _start(args: argparse.Namespace) -> qn.Params:
     return qn.quantize(params) if args.w8a8 else params
 
 
+def _targets(args: argparse.Namespace) -> list[str]:
+    return list(dict.fromkeys(args.target))
+
+
 def _model(args: argparse.Namespace, params: qn.Params) -> str:
     name = "the demo" if args.model is None else args.model.name
     precision = str(params.embed.dtype).removeprefix("torch.")
     return f"{name}, {precision}{' W8A8' if args.w8a8 else ''}"
 
 
-def _machine() -> str:
-    return f"{torch.get_num_threads()} threads"
+def _tell(args: argparse.Namespace, params: qn.Params, where: str, lines: str) -> None:
+    print(
+        f"{_model(args, params)}, {torch.get_num_threads()} threads\n{where}\n{lines}", flush=True
+    )
 
 
 def table(figures: Sequence[Figure], limit: float, size: str, unit: str) -> str:
@@ -186,7 +176,6 @@ def table(figures: Sequence[Figure], limit: float, size: str, unit: str) -> str:
 
 def _write(
     args: argparse.Namespace,
-    kind: str,
     params: qn.Params,
     figures: Sequence[Figure],
     limit: dict[str, float],
@@ -198,7 +187,7 @@ def _write(
         {**f._asdict(), "tokens_per_second": f.rate, "of_limit": f.work / most} for f in figures
     ]
     whole: dict[str, Any] = {
-        "benchmark": kind,
+        "benchmark": args.kind,
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": _model(args, params),
         "threads": torch.get_num_threads(),

@@ -7,9 +7,9 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import qnext as qn
 from qnext.bench.steps.roofline import decode_bytes, prefill_flops
+from qnext.lowering.compiled import Compiled
 
 SEED = 11
 
@@ -47,14 +48,17 @@ class Figure(NamedTuple):
 
 
 class Runner:
-    """A model on one target, for prompts of up to `capacity` tokens in `batch` rows."""
+    """A model on one target, for prompts of up to `capacity` tokens in `batch` rows.
+
+    Raises what `lower` and `compile` do: what a figure of kernels tells is never the reference.
+    """
 
     def __init__(
         self, params: qn.Params, target: str, batch: int, capacity: int, chunk: int
     ) -> None:
-        self.params, self.batch, self.capacity, self.chunk = params, batch, capacity, chunk
-        self._prefill = qn.jit(qn.prefill, donate="state", target=target)
-        self._decode = qn.jit(qn.decode, donate="state", target=target)
+        self.params, self.target = params, target
+        self.batch, self.capacity, self.chunk = batch, capacity, chunk
+        self._compiled: dict[str, Compiled] = {}
 
     def start(self) -> qn.State:
         dtype = self.params.embed.dtype
@@ -65,12 +69,22 @@ class Runner:
         for part in tokens.split(self.chunk, dim=1):
             lengths = torch.full((self.batch,), part.shape[1])
             whole = pad(part, (0, self.chunk - part.shape[1]))
-            _, state = self._prefill(self.params, state, whole, lengths)
+            state = self._run(qn.prefill, state, whole, lengths)
         return state
 
     def decode(self, state: qn.State, tokens: Tensor) -> qn.State:
         """Consume tokens [batch]."""
-        _, state = self._decode(self.params, state, tokens)
+        return self._run(qn.decode, state, tokens)
+
+    def _run(self, function: Callable[..., Any], *rest: Any) -> qn.State:
+        """Call a function, which is compiled before its first call."""
+        name = function.__name__
+        if name not in self._compiled:
+            traced = qn.jit(function, donate="state").trace(self.params, *rest)
+            lowered = traced.lower(self.target, strict=self.target != "reference")
+            self._compiled[name] = lowered.compile()
+        state: qn.State
+        _, state = self._compiled[name](self.params, *rest)
         return state
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from qnext.functional.config import ATTENTION
 from qnext.functional.params import Params
@@ -45,16 +46,23 @@ def decode_bytes(params: Params, batch: int, length: int = 0) -> float:
     config = params.config
     head = params.head or params.embed
     every = sum(leaf.nbytes for leaf in leaves((params.layers, params.norm, head)))
-    experts = sum(
-        leaf.nbytes  # of a matrix, or of its integers and scales
-        for layer, moe in zip(params.layers, config.is_moe, strict=True)
-        if moe
-        for leaf in leaves((layer.ffn.gate_up, layer.ffn.down))
-    )
-    hit = min(batch * config.num_experts_per_tok, config.num_experts) / config.num_experts
     state = init_state(config, 1, 1, device="meta")
     recurrent = sum(s.recurrent[0].nbytes for s in state.layers if isinstance(s, Delta))
-    return every - experts * (1 - hit) + batch * (2 * recurrent + length * token_bytes(params))
+    idle = sum(leaf.nbytes for leaf in _of_experts(params)) * _idle(params, batch)
+    return every - idle + batch * (2 * recurrent + length * token_bytes(params))
+
+
+def _of_experts(params: Params) -> list[Tensor]:
+    """The matrices of all experts, or their integers and scales."""
+    layers = zip(params.layers, params.config.is_moe, strict=True)
+    return [leaf for p, moe in layers if moe for leaf in leaves((p.ffn.gate_up, p.ffn.down))]
+
+
+def _idle(params: Params, rows: int) -> float:
+    """The share of experts that nobody chooses, if all choices of so many rows differ."""
+    config = params.config
+    chosen = rows * config.num_experts_per_tok
+    return 1 - min(chosen, config.num_experts) / max(config.num_experts, 1)
 
 
 def token_bytes(params: Params) -> int:
@@ -73,12 +81,7 @@ def prefill_flops(params: Params, length: int) -> float:
     attention = config.layer_types.count(ATTENTION)
     delta = len(config.layer_types) - attention
     weights = sum(leaf.numel() for leaf in leaves(params.layers) if leaf.ndim > 1)
-    idle = sum(
-        leaf.numel() * (1 - config.num_experts_per_tok / config.num_experts)
-        for layer, moe in zip(params.layers, config.is_moe, strict=True)
-        if moe
-        for leaf in leaves((layer.ffn.gate_up, layer.ffn.down))
-    )
+    idle = sum(leaf.numel() for leaf in _of_experts(params)) * _idle(params, 1)
     seen = length * (length + 1) / 2  # pairs of a query and a key before it
     scores = 4 * attention * config.num_attention_heads * config.head_dim * seen
     state = config.linear_num_value_heads * config.linear_key_head_dim
