@@ -80,7 +80,7 @@ struct Experts {
   int64_t tokens, topk, pairs, d, ffn, count;
   char* space;
 
-  // [groups][inner of each pair, float][result of each pair, float][q, scale of tokens][of pairs]
+  // [groups][inner of each pair, float or as x][result of each pair, float][q, scale of tokens][of pairs]
   explicit Experts(const Call& c, bool int8)
       : x(c[0]), chosen(c[1]), weight(c[2]), gate_up(c[3]), down(c[int8 ? 5 : 4]),
         y(c[int8 ? 7 : 5]) {
@@ -90,8 +90,10 @@ struct Experts {
     space = c[int8 ? 8 : 6].data;
   }
   Groups groups() const { return Groups(space, count); }
-  float* inner() const { return reinterpret_cast<float*>(space + Groups::bytes(count, pairs)); }
-  float* result() const { return inner() + pairs * ffn; }
+  template <class I = float> I* inner(int64_t pair = 0) const {
+    return reinterpret_cast<I*>(space + Groups::bytes(count, pairs)) + pair * ffn;
+  }
+  float* result() const { return inner(pairs); }
   float* token_scale() const { return result() + pairs * d; }
   float* pair_scale() const { return token_scale() + tokens; }
   int8_t* token_q() const { return reinterpret_cast<int8_t*>(pair_scale() + pairs); }
@@ -114,9 +116,9 @@ static int64_t first_scale(const Tensor* scale, const Part& part) {
   return scale ? part.expert * scale->stride[0] : 0;
 }
 
-// inner[pair] = silu(gate x) * up x, for some columns of `inner`. Tokens are of type X, weights of
-// type W; `real(sum, row, pair)` makes a product a number.
-template <class W, class X, class Token, class Real>
+// inner[pair] = silu(gate x) * up x, for some columns of `inner`, which is of type I. Tokens are of
+// type X, weights of type W; `real(sum, row, pair)` makes a product a number.
+template <class I, class W, class X, class Token, class Real>
 static void up(const Experts& e, int64_t task, Token token, Real real) {
   Groups g = e.groups();
   Part part(g, task, e.ffn);
@@ -130,10 +132,12 @@ static void up(const Experts& e, int64_t task, Token token, Real real) {
       [&](int64_t j) { return token(g.pair[part.first + j]); },
       [&](int64_t j, const auto* sums) {
         int64_t pair = g.pair[part.first + j], row = first_scale(e.gate_up_scale, part) + begin;
-        float* inner = e.inner() + pair * e.ffn + begin;
+        I* inner = e.inner<I>(pair) + begin;
 #pragma omp simd
-        for (int64_t i = 0; i < width; i++)
-          inner[i] = silu(real(sums[i], row + i, pair)) * real(sums[width + i], row + e.ffn + i, pair);
+        for (int64_t i = 0; i < width; i++) {
+          float gate = real(sums[i], row + i, pair), up = real(sums[width + i], row + e.ffn + i, pair);
+          inner[i] = narrow<I>(silu(gate) * up);
+        }
       });
 }
 
@@ -188,9 +192,8 @@ static void experts(const Call& c, int64_t phase, int64_t task) {
     using X = decltype(type);
     if (phase == 0) e.groups().fill(e.chosen, e.count);
     if (phase == 1)
-      up<X, X>(e, task, [&](int64_t p) { return e.x.template at<X>(p / e.topk); }, real);
-    if (phase == 2)
-      down<X, float>(e, task, [&](int64_t p) { return e.inner() + p * e.ffn; }, real);
+      up<X, X, X>(e, task, [&](int64_t p) { return e.x.template at<X>(p / e.topk); }, real);
+    if (phase == 2) down<X, X>(e, task, [&](int64_t p) { return e.inner<X>(p); }, real);
     if (phase == 3) combine<X>(e, task);
   });
 }
@@ -217,7 +220,7 @@ template <class X> static void round_tokens(const Experts& e, int64_t task) {
 static void round_pairs(const Experts& e, int64_t task) {
   Span pairs(task, TOKENS, e.pairs);
   for (int64_t p = pairs.begin; p < pairs.end; p++)
-    e.pair_scale()[p] = quantize(e.inner() + p * e.ffn, e.ffn, RECIPROCAL, e.pair_q() + p * e.ffn);
+    e.pair_scale()[p] = quantize(e.inner(p), e.ffn, RECIPROCAL, e.pair_q() + p * e.ffn);
 }
 
 static void int8_experts(const Call& c, int64_t phase, int64_t task) {
@@ -234,7 +237,7 @@ static void int8_experts(const Call& c, int64_t phase, int64_t task) {
     if (phase == 0 && task == 0) e.groups().fill(e.chosen, e.count);
     if (phase == 0 && task > 0) round_tokens<X>(e, task - 1);
     if (phase == 1)
-      up<int8_t, int8_t>(
+      up<float, int8_t, int8_t>(
           e, task, [&](int64_t p) { return e.token_q() + p / e.topk * e.d; }, inner);
     if (phase == 2) round_pairs(e, task);
     if (phase == 3)

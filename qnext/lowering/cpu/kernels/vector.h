@@ -6,6 +6,10 @@
 
 #include "kernel.h"
 
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
 namespace qnext {
 
 #if defined(__AVX512F__)
@@ -109,6 +113,35 @@ inline void dots(const W* const* w, const X* const* x, int64_t n, float out[R][T
   for (int k = 0; k < R * T; k++) all[k] = sums[k / T][k % T];
   sum_each<R * T>(all, out[0]);
 }
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+// The same of bfloat16 rows, where the machine multiplies pairs of them: exact products, summed in
+// float32 (numbers below 2^-126 count as 0).
+template <int R, int T>
+inline void dots(const bf16* const* w, const bf16* const* x, int64_t n, float out[R][T]) {
+  __m512 sums[R][T];
+  for (int k = 0; k < R * T; k++) sums[k / T][k % T] = _mm512_setzero_ps();
+  auto add = [&](auto take) __attribute__((always_inline)) {
+    __m512bh left[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) left[r] = take(w[r]);
+#pragma GCC unroll 16
+    for (int t = 0; t < T; t++) {
+      __m512bh right = take(x[t]);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) sums[r][t] = _mm512_dpbf16_ps(sums[r][t], left[r], right);
+    }
+  };
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) add([&](const bf16* p) { return __m512bh(_mm512_loadu_si512(p + i)); });
+  __mmask32 rest = (uint32_t(1) << (n - i)) - 1;  // fewer than 32
+  if (rest) add([&](const bf16* p) { return __m512bh(_mm512_maskz_loadu_epi16(rest, p + i)); });
+  Floats all[R * T];
+#pragma GCC unroll 16
+  for (int k = 0; k < R * T; k++) all[k] = Floats(sums[k / T][k % T]);
+  sum_each<R * T>(all, out[0]);
+}
+#endif
 
 // exp in float32 to an ulp or two: 2^k e^r with |r| <= ln 2 / 2, and a polynomial for e^r. Plain
 // arithmetic, which loops over arrays turn into vectors.
