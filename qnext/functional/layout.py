@@ -45,14 +45,19 @@ class Piece(NamedTuple):
 
     def read_into(self, leaf: Tensor, stored: Tensor, first: int = 0) -> None:
         """Copy stored rows (from row `first` on, if the piece is one plain run) into the leaf."""
+        if self.is_plain:
+            place = self.place_in(leaf, first, stored.shape[0])
+            place.copy_(stored.reshape(place.shape))
+            return
         leaf = self.target(leaf)
         stored = stored.reshape(stored.shape[0], *leaf.shape[1:])
-        if self.is_plain:
-            begin = self.rows[0].start + first
-            leaf[begin : begin + stored.shape[0]].copy_(stored)
-            return
         for part in self.rows:
             _run(leaf, part).copy_(_picked(stored, part))
+
+    def place_in(self, leaf: Tensor, first: int, count: int) -> Tensor:
+        """Where `count` stored rows from row `first` on lie in the leaf, if they are one run."""
+        begin = self.rows[0].start + first
+        return self.target(leaf)[begin : begin + count]
 
     def written_from(self, leaf: Tensor) -> Tensor:
         """The tensor to store, a view of the leaf where that is possible."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import qnext as qn
+from qnext.functional.checkpoint.shards import DTYPES, headers
+from qnext.functional.checkpoint.stream import Reader
 from qnext.functional.tree import leaves_with_paths, map_leaves
 from tests.samples import spec
 from tests.stored import INDEX, SINGLE, Tensors, assert_same, read, write
@@ -349,3 +351,14 @@ def test_check_finite_after_conversion(base: Callable[..., Path]) -> None:
     qn.load(path, check_finite=True)
     with pytest.raises(qn.CheckpointError, match=r"not finite: lm_head\.weight$"):
         qn.load(path, torch.float16, check_finite=True)
+
+
+def test_a_shard_cut_off_while_it_is_read(base: Callable[..., Path]) -> None:
+    file = base() / SINGLE
+    stored = headers(file)
+    last = max(stored, key=lambda name: stored[name].begin)
+    with file.open("r+b") as shard:
+        shard.truncate(file.stat().st_size - 1)
+    rows = torch.empty(stored[last].shape, dtype=DTYPES[stored[last].dtype])
+    with pytest.raises(qn.CheckpointError, match=f"ends within {re.escape(last)}: it became"):
+        Reader(stored).read(last, 0, rows)

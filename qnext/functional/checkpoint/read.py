@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from qnext.functional.layout import Piece
 from qnext.functional.params import Params, empty_params, quantized_specs
 from qnext.functional.tree import leaves_with_paths, map_leaves
 
+READERS = 4  # leaves read side by side: a disk answers several questions sooner than one
+
 
 def load(
     path: str | Path,
@@ -31,8 +34,8 @@ def load(
     """Params of a Hugging Face checkpoint directory (config.json and *.safetensors).
 
     Int8 matrices, as compressed-tensors (`int-quantized`) or ModelSlim (W8A8_DYNAMIC) store them,
-    become `Quantized` leaves. Shards are memory-mapped piece by piece, so that peak memory stays
-    near the model's size. `dtype` converts floating tensors (default: as stored; `A_log`,
+    become `Quantized` leaves. Rows are read where they belong, so that peak memory stays near the
+    model's size. `dtype` converts floating tensors (default: as stored; `A_log`,
     `dt_bias` and scales stay float32); `check_finite` also refuses NaN and infinity; `progress`
     shows a bar (default: on a terminal). Raises ConfigError for the config, CheckpointError
     listing everything else that is wrong.
@@ -44,15 +47,21 @@ def load(
     params = quantized_specs(empty_params(config, "meta"), {p.path for p in parts if p.int8})
     params = map_leaves(lambda spec: torch.empty_like(spec, device=device or "cpu"), params)
     targets = dict(leaves_with_paths(params))
-    reader, wrong = Reader(stored), list[str]()
     hidden = None if progress is None else not progress
     total = sum(leaf.nbytes for leaf in targets.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="load", disable=hidden) as bar:
-        for part in parts:
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="load", disable=hidden) as bar,
+        ThreadPoolExecutor(READERS) as readers,
+    ):
+
+        def fill(part: Part) -> list[str]:
+            reader, wrong = Reader(stored), list[str]()
             for leaf, pieces, finite in _leaves(part, targets, check_finite):
                 wrong += _fill(leaf, pieces, reader, finite)
                 bar.update(leaf.nbytes)
-            wrong += _offsets(part, stored, reader)
+            return [*wrong, *_offsets(part, stored, reader)]
+
+        wrong = [line for lines in readers.map(fill, parts) for line in lines]
     if wrong:
         raise refusal(path, wrong)
     return params
@@ -108,11 +117,21 @@ def _fill(leaf: Tensor, pieces: tuple[Piece, ...], reader: Reader, finite: bool)
         step = rows_at_once(row_bytes) if piece.is_plain else count
         good = True
         for first in range(0, count, step):
-            rows = reader.rows(piece.name, first, first + step)
-            piece.read_into(leaf, rows, first)
+            rows = _rows(leaf, piece, reader, first, min(step, count - first))
             good = good and (not finite or bool(rows.to(leaf.dtype).isfinite().all()))
         if not good:
             yield f"not finite: {piece.name}"
+
+
+def _rows(leaf: Tensor, piece: Piece, reader: Reader, first: int, count: int) -> Tensor:
+    """Bring rows of a piece into a leaf: as they are where they lie together, or else by a copy."""
+    if piece.is_plain:
+        place = piece.place_in(leaf, first, count)
+        if reader.read(piece.name, first, place):
+            return place
+    rows = reader.rows(piece.name, first, first + count)
+    piece.read_into(leaf, rows, first)
+    return rows
 
 
 def _offsets(part: Part, stored: dict[str, Stored], reader: Reader) -> Iterator[str]:
