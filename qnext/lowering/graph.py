@@ -113,7 +113,7 @@ def verify(graph: Graph) -> None:
 def insert(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
     """A new node with its fake value, at the place where the graph inserts now."""
     node = graph.call_function(target, args, kwargs)
-    _evaluate(node, fake_mode_of(_leaves(graph)))
+    evaluate(node, fake_mode_of(_leaves(graph)))
     return node
 
 
@@ -121,7 +121,8 @@ def _leaves(graph: Graph) -> list[Tensor]:
     return [t for n in graph.nodes if n.op == "placeholder" for t in tensors(value(n))]
 
 
-def _evaluate(node: Node, mode: Any) -> None:
+def evaluate(node: Node, mode: Any) -> None:
+    """Compute a node's fake value from its inputs'."""
     with mode, torch.no_grad():
         args, kwargs = map_leaves(_value_of, (list(node.args), dict(node.kwargs)))
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -132,7 +133,7 @@ def propagate(graph: Graph) -> None:
     mode = fake_mode_of(_leaves(graph))
     for node in graph.nodes:
         if node.op == "call_function":
-            _evaluate(node, mode)
+            evaluate(node, mode)
 
 
 def _value_of(part: Any) -> Any:

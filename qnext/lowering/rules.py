@@ -5,12 +5,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from qnext.errors import LoweringError
-from qnext.functional.tree import map_leaves, record_call
+from qnext.functional.tree import fake_mode_of, map_leaves, record_call
 from qnext.lowering.calls import call_of
-from qnext.lowering.graph import is_view, primitive_of, site_name, sites, tensors, value
+from qnext.lowering.graph import (
+    evaluate,
+    is_view,
+    primitive_of,
+    site_name,
+    sites,
+    storage_of,
+    tensors,
+    value,
+)
 from qnext.lowering.target import Target
 
 OTHER_PATTERN = "another pattern"  # the reason of a rule whose pattern does not end at a site
@@ -71,6 +81,7 @@ def rewrite(graph: Graph, rules: Sequence[Rule], target: Target) -> dict[Node, V
     """
     verdicts: dict[Node, Verdict] = {}
     shared: dict[Node, list[str]] = defaultdict(list)
+    bodies: dict[Any, GraphModule] = {}
     for node in list(sites(graph)):
         if not node.users:  # an earlier match took it
             continue
@@ -82,7 +93,7 @@ def rewrite(graph: Graph, rules: Sequence[Rule], target: Target) -> dict[Node, V
                 continue
             reason = rule.guard(target, **_values(match.inputs))
             if reason is None:
-                body = _body(match, rule)
+                body = _body(match, rule, bodies)
                 reason = _lacking(body, target)
             if reason is None:
                 verdict = Verdict(name, rule.name, tuple(reasons))  # one for all that it made
@@ -104,11 +115,29 @@ def _values(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return map_leaves(lambda v: value(v) if isinstance(v, Node) else v, dict(inputs))
 
 
-def _body(match: Match, rule: Rule) -> GraphModule:
-    """What `emit` does with the matched inputs, as a graph of its own."""
+def _body(match: Match, rule: Rule, bodies: dict[Any, GraphModule]) -> GraphModule:
+    """What `emit` does with the matched inputs, as a graph of its own.
+
+    Recording takes milliseconds: what another layer asked for already is among `bodies`.
+    """
     given = {k: value(v) for k, v in match.inputs.items() if isinstance(v, Node)}
     fixed = {k: v for k, v in match.inputs.items() if not isinstance(v, Node)}
-    return record_call(rule.emit, given, fixed)
+    key = (rule, tuple(given), _described(list(given.values())), repr(fixed))
+    if key not in bodies:
+        bodies[key] = record_call(rule.emit, given, fixed)
+    return bodies[key]
+
+
+def _described(given: Sequence[Tensor]) -> tuple[Any, ...]:
+    """All that a recording can depend on: shapes, places, and which tensors are the same."""
+    storages, objects = [storage_of(t) for t in given], [id(t) for t in given]
+    return tuple(
+        (
+            *(t.shape, t.stride(), t.storage_offset(), t.dtype, t.device),
+            *(storages.index(storage), objects.index(one)),
+        )
+        for t, storage, one in zip(given, storages, objects, strict=True)
+    )
 
 
 def _lacking(body: GraphModule, target: Target) -> str | None:
@@ -124,6 +153,10 @@ def _inline(graph: Graph, root: Node, match: Match, rule: Rule, body: GraphModul
     known: dict[Node, Node] = dict(zip(placeholders, inputs, strict=True))
     with graph.inserting_before(root):
         results = graph.graph_copy(body.graph, known)  # fills `known`: node of the body -> copy
+    made = [known[n] for n in body.graph.nodes if n.op == "call_function"]
+    mode = fake_mode_of([v for n in inputs for v in tensors(value(n))]) if made else None
+    for node in made:  # memory of its own, whoever else has such a body
+        evaluate(node, mode)
     results = results if isinstance(results, tuple | list) else (results,)
     if len(results) != len(match.outputs):
         raise LoweringError(f"rule {rule.name} yields {len(results)}, not {len(match.outputs)}")
@@ -131,7 +164,6 @@ def _inline(graph: Graph, root: Node, match: Match, rule: Rule, body: GraphModul
         if old is not None:
             _check_same(rule, old, new)
             old.replace_all_uses_with(new)
-    made = [known[n] for n in body.graph.nodes if n.op == "call_function"]
     return [node for node in made if not is_view(node)]
 
 

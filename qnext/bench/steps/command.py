@@ -81,6 +81,12 @@ def _verb(
     add_model(verb)
     verb.add_argument("--w8a8", action="store_true", help="quantise a float model before")
     verb.add_argument(
+        "--ignore",
+        nargs="+",
+        metavar="NAME",
+        help="modules that --w8a8 leaves as they are (default: as `qnext quantize` does)",
+    )
+    verb.add_argument(
         "--target", nargs="+", choices=TARGETS, default=["cpu"], help="one or both (default: cpu)"
     )
     verb.add_argument("--rounds", type=_count, default=5, metavar="N", help="default: 5")
@@ -128,6 +134,8 @@ def run_bench_prefill(args: argparse.Namespace) -> None:
 def _start(args: argparse.Namespace) -> qn.Params:
     """Check what can be refused at once; then the model."""
     check_files(args.json, args.plot)
+    if args.ignore and not args.w8a8:
+        raise qn.InputError("--ignore says what --w8a8 leaves as it is: give --w8a8 as well")
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = DTYPES.get(args.dtype)
@@ -135,7 +143,7 @@ def _start(args: argparse.Namespace) -> qn.Params:
         params = qn.demo(dtype or torch.float32)
     else:
         params = qn.load(args.model, dtype=dtype)
-    return qn.quantize(params) if args.w8a8 else params
+    return qn.quantize(params, ignore=args.ignore) if args.w8a8 else params
 
 
 def _targets(args: argparse.Namespace) -> list[str]:
@@ -145,7 +153,8 @@ def _targets(args: argparse.Namespace) -> list[str]:
 def _model(args: argparse.Namespace, params: qn.Params) -> str:
     name = "the demo" if args.model is None else args.model.name
     precision = str(params.embed.dtype).removeprefix("torch.")
-    return f"{name}, {precision}{' W8A8' if args.w8a8 else ''}"
+    kept = f" but {', '.join(args.ignore)}" if args.ignore else ""
+    return f"{name}, {precision}{' W8A8' if args.w8a8 else ''}{kept}"
 
 
 def _tell(args: argparse.Namespace, params: qn.Params, where: str, lines: str) -> None:
