@@ -47,10 +47,11 @@ def test_decode_tells_a_line_and_writes_a_row_for_each_case(tmp_path: Path, caps
 
 def test_prefill_goes_through_lengths_in_order(tmp_path: Path, capsys) -> None:
     file, picture = tmp_path / "a.json", tmp_path / "a.png"
-    sizes = ("--length", "40", "17", "--chunk", "16", "--rounds", "2", "--w8a8")
+    sizes = ("--length", "40", "17", "--chunk", "16", "--rounds", "2")
+    sizes += ("--w8a8", "--ignore", r"re:.*\.mlp\.gate$", r"re:.*\.in_proj_ba$")
     assert run("prefill", *sizes, "--json", str(file), "--plot", str(picture)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "W8A8" in lines[0] and "GFLOP/s" in lines[1]
+    assert r"W8A8 but re:.*\.mlp\.gate$, re:" in lines[0] and "GFLOP/s" in lines[1]
     assert [l.split()[:2] for l in lines[3:]] == [["cpu", "17"], ["cpu", "40"]]
     told = json.loads(file.read_text())
     assert [row["tokens"] for row in told["figures"]] == [17, 40]
@@ -139,3 +140,8 @@ def test_counts_are_positive(words, capsys) -> None:
     with pytest.raises(SystemExit):
         run(*words)
     assert "must be an integer >= 1" in capsys.readouterr().err
+
+
+def test_what_w8a8_leaves_is_said_of_w8a8_alone(capsys) -> None:
+    assert run("decode", "--ignore", "lm_head") == 2
+    assert "give --w8a8 as well" in capsys.readouterr().err

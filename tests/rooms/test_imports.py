@@ -57,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
 STANDARD = {
     "qnext.functional": {"collections", "dataclasses", "functools", "inspect", "math", "typing"},
     "qnext.functional.config": {"hashlib", "json", "pathlib"},
-    "qnext.functional.checkpoint": {"contextlib", "json", "os", "pathlib", "zlib"},
+    "qnext.functional.checkpoint": {"concurrent", "contextlib", "json", "os", "pathlib", "zlib"},
     "qnext.functional.quantize": {"re"},
     "qnext.functional.scheme": {"re"},
 }
