@@ -6,6 +6,7 @@ counter-sample is the same in float64, unless the table says otherwise.
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import linear, silu
 
 from qnext.functional import ops
 from qnext.functional.ops import PRIMITIVES
+from qnext.lowering import rules
 from qnext.lowering.cpu.calls import BETWEEN, KERNELS
 from qnext.lowering.cpu.table import RULES
 from qnext.lowering.stages import Lowered, jit
@@ -275,3 +277,29 @@ def test_a_gated_product_with_other_readers_is_left() -> None:
 
         lowered = lower(step, a=torch.empty(3, 5), b=torch.empty(3, 5))
         assert not fired(lowered, rule) and OTHER in told(lowered, rule)
+
+
+def test_sites_alike_are_recorded_once_and_each_has_its_own_arguments() -> None:
+    """What differs in nothing but which tensors are the same is not alike."""
+    x, y, z = (torch.randn(3, 5, generator=torch.Generator().manual_seed(i)) for i in range(3))
+
+    def step(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        return x + x, x + y, y + z, z + (z + y), (x + z) + (x + z)
+
+    with mock.patch.object(rules, "record_call", wraps=rules.record_call) as recorded:
+        lowered = lower(step, x=x, y=y, z=z)
+    assert recorded.call_count == 2  # of one tensor, and of two
+    assert sum(verdict.rule == "add" for verdict in lowered.verdicts.values()) >= 6
+    for mine, wanted in zip(lowered.compile()(x, y, z), step(x, y, z), strict=True):
+        assert torch.equal(mine, wanted)
+
+
+def test_numbers_of_a_call_are_part_of_what_is_recorded() -> None:
+    x, weight = torch.randn(3, 5), torch.randn(5)
+
+    def step(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return tuple(ops.rms_norm(x=x, weight=weight, eps=eps) for eps in (1e-6, 0.5))
+
+    results = lower(step, x=x, weight=weight).compile()(x, weight)
+    for mine, wanted in zip(results, step(x, weight), strict=True):
+        torch.testing.assert_close(mine, wanted)

@@ -35,10 +35,10 @@ def load(
 
     Int8 matrices, as compressed-tensors (`int-quantized`) or ModelSlim (W8A8_DYNAMIC) store them,
     become `Quantized` leaves. Rows are read where they belong, so that peak memory stays near the
-    model's size. `dtype` converts floating tensors (default: as stored; `A_log`,
-    `dt_bias` and scales stay float32); `check_finite` also refuses NaN and infinity; `progress`
-    shows a bar (default: on a terminal). Raises ConfigError for the config, CheckpointError
-    listing everything else that is wrong.
+    model's size. `dtype` converts floating tensors (default: as stored; `A_log`, `dt_bias` and
+    scales stay float32); `check_finite` also refuses NaN and infinity; `progress` shows a bar
+    (default: on a terminal). Raises ConfigError for the config, CheckpointError listing everything
+    else that is wrong.
     """
     path = Path(path)
     if dtype is not None and dtype not in FLOATS.values():
@@ -54,14 +54,17 @@ def load(
         ThreadPoolExecutor(READERS) as readers,
     ):
 
-        def fill(part: Part) -> list[str]:
-            reader, wrong = Reader(stored), list[str]()
+        def fill(part: Part) -> tuple[int, list[str]]:
+            reader, filled, wrong = Reader(stored), 0, list[str]()
             for leaf, pieces, finite in _leaves(part, targets, check_finite):
                 wrong += _fill(leaf, pieces, reader, finite)
-                bar.update(leaf.nbytes)
-            return [*wrong, *_offsets(part, stored, reader)]
+                filled += leaf.nbytes
+            return filled, [*wrong, *_offsets(part, stored, reader)]
 
-        wrong = [line for lines in readers.map(fill, parts) for line in lines]
+        wrong = list[str]()
+        for filled, lines in readers.map(fill, parts):
+            bar.update(filled)
+            wrong += lines
     if wrong:
         raise refusal(path, wrong)
     return params

@@ -43,12 +43,11 @@ class Reader:
     def read(self, name: str, begin: int, out: Tensor) -> bool:
         """Fill `out` with the rows from `begin` on; False where it cannot hold them as stored.
 
-        No mapping: a fifth of the time, as no page of the file needs a place in memory first.
+        No mapping: no page of the file needs a place in this process's memory first.
         """
         stored = self._stored[name]
-        if out.dtype != DTYPES.get(stored.dtype) or out.device.type != "cpu":
-            return False
-        if not out.is_contiguous():
+        as_stored = out.dtype == DTYPES.get(stored.dtype)
+        if not (as_stored and out.device.type == "cpu" and out.is_contiguous()):
             return False
         at = stored.begin + begin * (stored.nbytes // stored.shape[0])
         memory = out.view(torch.uint8).numpy().data.cast("B")

@@ -80,7 +80,8 @@ struct Experts {
   int64_t tokens, topk, pairs, d, ffn, count;
   char* space;
 
-  // [groups][inner of each pair, float or as x][result of each pair, float][q, scale of tokens][of pairs]
+  // [groups][inner of each pair, float or as x][result of each pair, float][scales of tokens][of
+  // pairs][integers of tokens][of pairs]
   explicit Experts(const Call& c, bool int8)
       : x(c[0]), chosen(c[1]), weight(c[2]), gate_up(c[3]), down(c[int8 ? 5 : 4]),
         y(c[int8 ? 7 : 5]) {
