@@ -165,6 +165,7 @@ def test_the_logits_decide_what_is_red() -> None:
     assert fault("q8_0", reference * torch.nan, reference)
 
 
+@pytest.mark.slow
 def test_precisions_of_a_checkpoint_are_right_and_start(tmp_path: Path) -> None:
     whole = qn.demo()
     kinds = whole.config.layer_types[2:4]  # one of each

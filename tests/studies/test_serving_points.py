@@ -102,6 +102,7 @@ def test_experts_are_counted_as_said(card: Card) -> None:
     assert costs["launches"] == 48 * 2
 
 
+@pytest.mark.slow
 def test_expected_experts_are_those_of_all_draws() -> None:
     draws = list(itertools.product(itertools.combinations(range(5), 2), repeat=3))
     mean = sum(len(set(itertools.chain(*draw))) for draw in draws) / len(draws)
