@@ -19,9 +19,12 @@ from qnext.errors import TargetError
 
 KERNELS = Path(__file__).parent / "kernels"
 COMPILERS = ("g++", "clang++", "c++")
-# contraction to fused multiply-adds is left on; everything that would change NaN, infinity or the
+# sources say which products and sums are fused; everything that would change NaN, infinity or the
 # order of a sum beyond what `omp simd` names stays off
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-fopenmp-simd"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+)
 ISAS = {"native": ("-march=native",), "avx2": ("-mavx2", "-mfma"), "portable": ()}
 
 

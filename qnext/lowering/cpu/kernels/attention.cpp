@@ -132,14 +132,14 @@ inline void add_values(const Answer* answers, const float* p, int64_t page, Valu
 #pragma GCC unroll 16
     for (int a = 0; a < N; a++)
 #pragma GCC unroll 16
-      for (int v = 0; v < V; v++) sums[a][v] += p[a * page + i] * values[v];
+      for (int v = 0; v < V; v++) sums[a][v] = fused(splat(p[a * page + i]), values[v], sums[a][v]);
   }
 #pragma GCC unroll 16
   for (int a = 0; a < N; a++)
 #pragma GCC unroll 16
     for (int v = 0; v < V; v++) {
       for (int64_t i = common; i < answers[a].seen; i++)
-        sums[a][v] += p[a * page + i] * load(value(i) + k + v * LANES);
+        sums[a][v] = fused(splat(p[a * page + i]), load(value(i) + k + v * LANES), sums[a][v]);
       store(sum + a * hd + k + v * LANES, sums[a][v]);
     }
 }
@@ -155,7 +155,8 @@ inline void add_heads(const Answer* answers, const float* p, int64_t page, Value
     for (; k < hd; k++)
       for (int a = 0; a < N; a++) {
         float total = sum[a * hd + k] * answers[a].before;
-        for (int64_t i = 0; i < answers[a].seen; i++) total += p[a * page + i] * wide(value(i)[k]);
+        for (int64_t i = 0; i < answers[a].seen; i++)
+          total = fused(p[a * page + i], wide(value(i)[k]), total);
         sum[a * hd + k] = total;
       }
   }

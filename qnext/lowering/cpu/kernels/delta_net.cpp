@@ -35,7 +35,8 @@ static void conv_row(const Call& c, int64_t b, Span channels, const std::vector<
     std::fill(sums.begin(), sums.end(), 0.0f);
     for (int64_t k = 0; k < taps; k++) {
       const X* input = line(t + k);
-      for (int64_t i = 0; i < n; i++) sums[i] += wide(input[i]) * taps_first[k * n + i];
+      for (int64_t i = 0; i < n; i++) 
+        sums[i] = fused(wide(input[i]), taps_first[k * n + i], sums[i]);
     }
     X* out = y.at<X>(b, t) + first;
 #pragma omp simd
@@ -111,11 +112,11 @@ static inline void rule_step(float* s, int64_t apart, const float* k, const floa
   int64_t whole = n - n % LANES;
   for (int r = 0; r < N; r++) {
     float* row = s + r * apart;
-    Floats total = {};
+    Floats total = {}, written = splat(write[r]);
     for (int64_t i = 0; i < whole; i += LANES) {
-      Floats next = decay * load(row + i) + write[r] * load(k + i);
+      Floats next = fused(written, load(k + i), decay * load(row + i));
       store(row + i, next);
-      total += next * load(q + i);
+      total = fused(next, load(q + i), total);
     }
     sums[r] = total;
   }
@@ -123,8 +124,8 @@ static inline void rule_step(float* s, int64_t apart, const float* k, const floa
   for (int r = 0; r < N; r++)
     for (int64_t i = whole; i < n; i++) {
       float& number = s[r * apart + i];
-      number = decay * number + write[r] * k[i];
-      out[r] += number * q[i];
+      number = fused(write[r], k[i], decay * number);
+      out[r] = fused(number, q[i], out[r]);
     }
 }
 

@@ -22,7 +22,7 @@ template <class F> static void each_row(const Call& c, int64_t task, F f) {
 template <class X> static float sum_of_squares(const X* x, int64_t n) {
   float total = 0;
 #pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; i++) total += wide(x[i]) * wide(x[i]);
+  for (int64_t i = 0; i < n; i++) total = fused(wide(x[i]), wide(x[i]), total);
   return total;
 }
 

@@ -6,8 +6,10 @@
 
 #include "kernel.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(__FMA__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace qnext {
@@ -43,6 +45,30 @@ template <class T> inline Floats load(const T* p, int64_t count) {  // count num
   return load(numbers);
 }
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+
+inline Floats splat(float x) { return x - Floats{}; }
+
+// a * b + c, rounded once where the machine can. Compilers are told to fuse nothing themselves: they
+// would in one tile and not in another, and a row's sum would depend on what shares its batch (gcc
+// for Zen 3 does not fuse where it sees a chain of sums).
+inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__FMA__) && defined(__AVX512F__)
+  return Floats(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif defined(__FMA__)
+  return Floats(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#elif defined(__aarch64__)
+  return Floats(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
+#else
+  return a * b + c;
+#endif
+}
 
 // Holds a vector in a register: GCC would rather load it again for every product it is a factor of
 // (measured: 26 loads for 16 products).
@@ -88,8 +114,7 @@ template <int N, class V, class E> inline void sum_each(const V* v, E* out) {
 }
 
 // out[r][t] = w[r] . x[t] over n elements. The order of a sum depends on n alone: a token's result
-// is the same whatever shares its tile. What is left of n fills a vector up with zeros: of single
-// products and sums a compiler may fuse some and not others.
+// is the same whatever shares its tile. What is left of n fills a vector up with zeros.
 template <int R, int T, class W, class X>
 inline void dots(const W* const* w, const X* const* x, int64_t n, float out[R][T]) {
   Floats sums[R][T] = {};
@@ -102,7 +127,7 @@ inline void dots(const W* const* w, const X* const* x, int64_t n, float out[R][T
       Floats right = take(x[t]);
       hold(right);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; r++) sums[r][t] += left[r] * right;
+      for (int r = 0; r < R; r++) sums[r][t] = fused(left[r], right, sums[r][t]);
     }
   };
   int64_t i = 0;
@@ -150,14 +175,14 @@ inline float exponential(float x) {
   float bounded = x < 88.72283f ? x : 88.72283f;
   bounded = bounded > -87.3f ? bounded : -87.3f;
   float k = std::nearbyint(bounded * LOG2E);
-  float r = (bounded - k * LN2_HIGH) - k * LN2_LOW;
+  float r = fused(-k, LN2_LOW, fused(-k, LN2_HIGH, bounded));
   float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  p = fused(p, r, 1.3981999507e-3f);
+  p = fused(p, r, 8.3334519073e-3f);
+  p = fused(p, r, 4.1665795894e-2f);
+  p = fused(p, r, 1.6666665459e-1f);
+  p = fused(p, r, 5.0000001201e-1f);
+  p = fused(p, r * r, r) + 1.0f;
   // 2^k in two factors, as k may be 128
   int32_t whole = int32_t(k), half = whole / 2;
   int32_t first = (half + 127) << 23, second = (whole - half + 127) << 23;
