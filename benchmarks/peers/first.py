@@ -47,7 +47,7 @@ def first_token(path: Path, precision: str, threads: int) -> dict[str, float]:
     state = qn.init_state(params.config, batch=1, capacity=2, dtype=params.embed.dtype)
     arguments = (params, state, torch.ones(1, 1, dtype=torch.int64))
     # strict: a machine without a compiler is no reason to time the reference
-    step = qn.jit(qn.prefill, donate="state").trace(*arguments).lower("cpu", strict=True).compile()
+    step = qn.jit(qn.prefill, donate="state", target="cpu").compile(*arguments, strict=True)
     logits, _ = step(*arguments)
     token = int(logits.argmax(-1))
     ended = time.perf_counter()

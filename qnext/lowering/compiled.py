@@ -2,8 +2,9 @@
 
 import operator
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from qnext.functional.tree import (
     leaves,
     same_structure,
 )
-from qnext.lowering.host import checked
-from qnext.lowering.trace import bind, named_leaves
+from qnext.lowering.host import HostArgument, checked
+from qnext.lowering.target import Target
+from qnext.lowering.trace import Trace, bind, named_leaves
 
 if TYPE_CHECKING:
     from qnext.lowering.npu.capture import Captured
@@ -29,6 +31,38 @@ SHOWN = 8  # differences an error lists
 Host = Any  # None or {name: integers}; checked by `host.checked`, whose errors say more
 
 
+class Left(NamedTuple):
+    """A primitive that no rule of the target took."""
+
+    site: str
+    why: str
+
+
+class Made(NamedTuple):
+    """What a compiled step was made of and for; trees have specs as leaves."""
+
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+    result: Any
+    donate: tuple[str, ...]
+    weights: tuple[str, ...]
+    target: Target
+    host: tuple[HostArgument, ...]  # what the step takes from the host beside its arguments
+    left: tuple[Left, ...]
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+
+class Parts(NamedTuple):
+    """All that running a compiled step takes."""
+
+    made: Made
+    graph: GraphModule
+    prepare: GraphModule | None  # from the arguments to the constants that the graph takes
+
+
 class Compiled:
     """A function bound to a target. Calls are checked by path; donated leaves are used up.
 
@@ -36,21 +70,30 @@ class Compiled:
     values as `host={"context": [17, 4, 230]}`.
     """
 
-    def __init__(self, lowered: "Lowered", graph: GraphModule, prepare: GraphModule | None) -> None:
-        self.lowered, self.trace, self.donate = lowered, lowered.trace, lowered.donate
-        self.graph, self._prepare = graph, prepare
+    def __init__(self, parts: Parts, lower: Callable[[], "Lowered"]) -> None:
+        self.parts, self._lower = parts, lower
+        self.made, self.graph, self._prepare = made, _, prepare = parts
         self._weights = _inputs_used(prepare) if prepare else []
         fits = self._fits
-        self._trees = {name: Template(tree, fits) for name, tree in self.trace.arguments.items()}
-        self._result = Template(self.trace.result, fits)
+        self._trees = {name: Template(tree, fits) for name, tree in made.arguments.items()}
+        self._result = Template(made.result, fits)
         self._seen: dict[str, tuple[Any, list[Any]]] = {}  # weights that fit, and their leaves
         # the arguments of the call under way, and their leaves: a call asks for them three times
         self._current: tuple[dict[str, Any], dict[str, list[Any]]] | None = None
         # the weights that constants were made of, and the constants
         self._packed: tuple[list[Tensor], tuple[Tensor, ...]] = [], ()
 
+    @cached_property
+    def lowered(self) -> "Lowered":
+        """What it was compiled from, to be read. A step that was stored is lowered anew for it."""
+        return self._lower()
+
+    @property
+    def trace(self) -> Trace:
+        return self.lowered.trace
+
     def __call__(self, *args: Any, host: Host = None, **kwargs: Any) -> Any:
-        arguments = bind(self.trace.function, args, kwargs)
+        arguments = bind(self.made.function, args, kwargs)
         self.check(arguments)
         return self.call(arguments, host)
 
@@ -62,14 +105,14 @@ class Compiled:
         `pool` (of another `Captured`) shares the memory of what lives only within a step. Raises
         LoweringError for a target without graphs, and for a site that reads values on the host.
         """
-        if self.lowered.target.kind != "npu":
+        if self.made.target.kind != "npu":
             raise LoweringError(
-                f"target {self.lowered.target.name!r} has no graphs to capture: lower for an npu "
+                f"target {self.made.target.name!r} has no graphs to capture: lower for an npu "
                 "target, or call the compiled step as it is"
             )
         from qnext.lowering.npu.capture import Captured
 
-        arguments = bind(self.trace.function, args, kwargs)
+        arguments = bind(self.made.function, args, kwargs)
         self.check(arguments)
         return Captured(self, arguments, pool)
 
@@ -78,16 +121,16 @@ class Compiled:
         if wrong := self.differences(arguments):
             more = f"\n  and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
             raise LoweringError(
-                f"{self.trace.name} was compiled for other arguments:\n  "
+                f"{self.made.name} was compiled for other arguments:\n  "
                 + "\n  ".join(wrong[:SHOWN])
-                + f"{more}\ntrace, lower and compile it for these, or call jit({self.trace.name})"
+                + f"{more}\ntrace, lower and compile it for these, or call jit({self.made.name})"
             )
 
     def differences(self, arguments: dict[str, Any]) -> list[str]:
         """What keeps arguments from being those it was compiled for, a line each."""
         if self._fitting(arguments) is not None:
             return []
-        wanted, given = dict(named_leaves(self.trace.arguments)), dict(named_leaves(arguments))
+        wanted, given = dict(named_leaves(self.made.arguments)), dict(named_leaves(arguments))
         wrong = [f"{path} is missing" for path in wanted if path not in given]
         wrong += [f"{path} is unexpected" for path in given if path not in wanted]
         for path, want in wanted.items():
@@ -97,7 +140,7 @@ class Compiled:
                     wrong.append(f"{path} must be {_text(want)}, got {_text(got)}")
             elif (got.shape, got.dtype) != (want.shape, want.dtype):
                 wrong.append(f"{path} must be {_text(want)}, got {_text(got)}")
-        if not wrong and not same_structure(arguments, self.trace.arguments):
+        if not wrong and not same_structure(arguments, self.made.arguments):
             wrong.append("a constant of the trees differs, such as params.config")
         return wrong or self._elsewhere(given)
 
@@ -117,7 +160,7 @@ class Compiled:
             mine = self._trees[name].leaves(tree)
             if mine is None:
                 return None
-            if name in self.lowered.weights and is_frozen(tree):
+            if name in self.made.weights and is_frozen(tree):
                 self._seen[name] = tree, mine
             found[name] = mine
         self._current = arguments, found
@@ -127,7 +170,7 @@ class Compiled:
         """What an argument in the place of a traced one must be."""
         if not isinstance(want, Tensor):
             return lambda got: type(got) is type(want) and bool(got == want)
-        shape, dtype, kind = want.shape, want.dtype, self.lowered.target.kind
+        shape, dtype, kind = want.shape, want.dtype, self.made.target.kind
 
         def check(got: Any) -> bool:
             if not isinstance(got, Tensor) or got.shape != shape or got.dtype != dtype:
@@ -138,7 +181,7 @@ class Compiled:
 
     def _elsewhere(self, given: dict[str, Any]) -> list[str]:
         """Tensors that are not on the target's device."""
-        kind = self.lowered.target.kind
+        kind = self.made.target.kind
         if kind == "reference":
             return []
         return [
@@ -149,7 +192,7 @@ class Compiled:
 
     def call(self, arguments: dict[str, Any], host: Host = None) -> Any:
         """Run on arguments that fit."""
-        lists = checked(self.lowered.host, host, self.trace.name)
+        lists = checked(self.made.host, host, self.made.name)
         given = self.take(arguments)
         with torch.no_grad():
             results = self.graph(*given, *self.packed(given), *lists)
@@ -170,9 +213,9 @@ class Compiled:
     def give(self, arguments: dict[str, Any], results: list[Tensor]) -> Any:
         """The result's tree; the donated arguments are given up with it."""
         fitting, self._current = self._fitting(arguments) or {}, None
-        for name in self.donate:
+        for name in self.made.donate:
             for leaf in fitting.get(name) or leaves(arguments[name]):
-                give_up(leaf, self.trace.name)
+                give_up(leaf, self.made.name)
         return self._result.rebuild(results)
 
     def packed(self, given: Sequence[Tensor]) -> tuple[Tensor, ...]:

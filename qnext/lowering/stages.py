@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from qnext.errors import LoweringError, TargetError
 from qnext.lowering import text
 from qnext.lowering.calls import CALLS, call_of
-from qnext.lowering.compiled import Compiled
+from qnext.lowering.compiled import Compiled, Left, Made, Parts
 from qnext.lowering.constants import take_out
 from qnext.lowering.cost import analyse
 from qnext.lowering.donate import Write, carry, settle
@@ -82,12 +82,45 @@ class Wrapped:
             )
         return Traced(trace(self.function, arguments), self.donate, self.weights)
 
+    def compile(
+        self,
+        *args: Any,
+        target: str | Target | None = None,
+        strict: bool = False,
+        host_lengths: bool = False,
+        **kwargs: Any,
+    ) -> Compiled:
+        """`trace`, `lower` and `compile` in one, for arguments or their specs.
+
+        `target` is the function's own unless another is named. What target "cpu" made of a
+        function of this package lies in the user's cache directory, and the next process reads it
+        from there.
+        """
+        target = self.target if target is None else target
+        target = resolve(target) if isinstance(target, str) else target
+        target = replace(target, host_lengths=True) if host_lengths else target
+
+        if target.kind != "cpu":
+            return self.trace(*args, **kwargs).lower(target, strict).compile()
+        from qnext.lowering.cpu import store
+
+        arguments = bind(self.function, args, kwargs)
+        file = store.place(self.function, arguments, self.donate, self.weights, target)
+        parts = store.read(file, self.function, target) if file else None
+        if parts and not (strict and parts.made.left):
+            made = parts.made
+            return Compiled(parts, lambda: self.trace(**made.arguments).lower(target, strict))
+        compiled = self.trace(*args, **kwargs).lower(target, strict).compile()
+        if file and compiled.made.target == target:
+            store.write(file, compiled.parts)
+        return compiled
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = bind(self.function, args, kwargs)
         for compiled in self._compiled:
             if not compiled.differences(arguments):
                 return compiled.call(arguments)
-        fresh = self.trace(*args, **kwargs).lower(self.target).compile()
+        fresh = self.compile(*args, **kwargs)
         self._compiled.append(fresh)
         return fresh.call(arguments)
 
@@ -122,7 +155,7 @@ class Traced:
             merge_equal(graph.graph)  # what reads one tensor then shares its int8 tokens
         rules, passes = rules_of(target)
         verdicts = rewrite(graph.graph, rules, target)
-        _demand(verdicts, strict, require)
+        _demand(_left(verdicts), strict, require)
         prepare: GraphModule | None = None
         writes: list[Write] = []
         host: tuple[HostArgument, ...] = ()
@@ -169,14 +202,18 @@ def rules_of(target: Target) -> tuple[tuple[Rule, ...], tuple[Callable[[Graph], 
     return (), ()
 
 
-def _demand(verdicts: dict[Node, Verdict], strict: bool, require: Collection[str]) -> None:
-    left = {
-        verdict.site: "; ".join(verdict.reasons)
+def _left(verdicts: dict[Node, Verdict]) -> tuple[Left, ...]:
+    return tuple(
+        Left(verdict.site, "; ".join(verdict.reasons))
         for node, verdict in verdicts.items()
-        if verdict.rule is None and primitive_of(node) and (strict or verdict.site in require)
-    }
-    if left:
-        reasons = "\n  ".join(f"{site}: {why}" for site, why in sorted(left.items()))
+        if verdict.rule is None and primitive_of(node)
+    )
+
+
+def _demand(left: Collection[Left], strict: bool, require: Collection[str]) -> None:
+    against = dict(each for each in left if strict or each.site in require)
+    if against:
+        reasons = "\n  ".join(f"{site}: {why}" for site, why in sorted(against.items()))
         raise LoweringError(f"left on the reference, against strict or require:\n  {reasons}")
 
 
@@ -194,6 +231,11 @@ class Lowered:
     writes: list[Write]
     host: tuple[HostArgument, ...]  # what the step takes from the host beside its arguments
     strict: bool  # some primitive was demanded to be lowered
+
+    @property
+    def left(self) -> tuple[Left, ...]:
+        """The primitives left on the reference."""
+        return _left(self.verdicts)
 
     def as_text(self) -> str:
         """One line a site: what it is, what it became, or why no rule took it."""
@@ -231,7 +273,17 @@ class Lowered:
             except TargetError as error:
                 return self._on_reference(error)
         prepare = self.prepare if self.prepare is None else self._placed(self.prepare)
-        return Compiled(self, self._placed(self.graph), prepare)
+        made = Made(
+            self.trace.function,
+            self.trace.arguments,
+            self.trace.result,
+            self.donate,
+            self.weights,
+            self.target,
+            self.host,
+            self.left,
+        )
+        return Compiled(Parts(made, self._placed(self.graph), prepare), lambda: self)
 
     def _on_reference(self, error: TargetError) -> Compiled:
         if self.strict:

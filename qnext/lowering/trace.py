@@ -15,6 +15,7 @@ from qnext.functional.tree import (
     fake_mode,
     leaves,
     leaves_with_paths,
+    map_leaves,
     rebuild,
     record,
     same_structure,
@@ -37,8 +38,8 @@ class Leaf(NamedTuple):
 class Trace:
     """A function on given specs: a graph from the tensors of its arguments to those of its result.
 
-    `arguments` and `result` are the trees, fake tensors as leaves; `leaves` names the graph's
-    inputs in order, `outputs` its outputs.
+    `arguments` and `result` are the trees, specs as leaves; `leaves` names the graph's inputs in
+    order, `outputs` its outputs.
     """
 
     function: Callable[..., Any]
@@ -109,6 +110,17 @@ def named_leaves(arguments: dict[str, Any]) -> list[tuple[str, Any]]:
     return [found for name, tree in arguments.items() for found in paths(tree, name)]
 
 
+def specs_of(tree: Any) -> Any:
+    """The same tree with specs as leaves: what it is, and none of its memory."""
+
+    def spec(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+
+    return map_leaves(spec, tree)
+
+
 def trace(function: Callable[..., Any], arguments: dict[str, Any]) -> Trace:
     """Record what a function does with arguments of these shapes and dtypes.
 
@@ -141,8 +153,8 @@ def trace(function: Callable[..., Any], arguments: dict[str, Any]) -> Trace:
     return Trace(
         function=function,
         graph=graph,
-        arguments=arguments,
-        result=result,
+        arguments=specs_of(arguments),
+        result=specs_of(result),
         leaves=tuple(Leaf(path, tuple(leaf.shape), leaf.dtype) for path, leaf in inputs),
         outputs=tuple(path for path, _ in paths(result, "result")),
     )

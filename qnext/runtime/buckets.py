@@ -35,11 +35,9 @@ class Compiler:
 
     def __call__(self, wrapped: Wrapped, arguments: Sequence[Any]) -> Any:
         """A callable for exactly these arguments' shapes. Raises LoweringError and TargetError."""
-        lowered = wrapped.trace(*arguments).lower(
-            self.target, self.strict, host_lengths=self.host_lengths
-        )
-        compiled = lowered.compile()
-        if compiled.lowered.target.kind != "npu":
+        how: dict[str, Any] = {"strict": self.strict, "host_lengths": self.host_lengths}
+        compiled = wrapped.compile(*arguments, target=self.target, **how)
+        if compiled.made.target.kind != "npu":
             return compiled
         captured = compiled.capture(*arguments, pool=self.pool)
         self.pool = captured.pool

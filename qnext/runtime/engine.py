@@ -18,7 +18,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from qnext.acceptance import of_step
 from qnext.errors import InputError
 from qnext.functional.params import Params
-from qnext.lowering.graph import primitive_of
 from qnext.runtime.board import Board, Course
 from qnext.runtime.files import SnapshotFiles
 from qnext.runtime.options import Options
@@ -145,11 +144,7 @@ class Engine:
     @property
     def fallbacks(self) -> int:
         """Sites of the steps compiled so far that no rule of the target took."""
-        return sum(
-            verdict.rule is None and primitive_of(node) is not None
-            for step in self.steps.made
-            for node, verdict in step.lowered.verdicts.items()
-        )
+        return sum(len(step.made.left) for step in self.steps.made)
 
     @property
     def busy(self) -> bool:

@@ -1,5 +1,7 @@
 """jit, trace, lower, compile and call, on the reference target."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -158,3 +160,23 @@ def test_an_argument_called_host_is_refused() -> None:
 
     with pytest.raises(qn.LoweringError, match="wrong has an argument 'host', which is what comp"):
         qn.jit(wrong)
+
+
+@pytest.mark.parametrize("how", ["jit", "stages"])
+def test_a_compiled_step_keeps_no_argument_alive(how: str) -> None:
+    given, other = torch.ones(3, 5), torch.ones(3, 5)
+    step = qn.jit(twice)
+    if how == "jit":
+        step(given)
+    else:
+        compiled = step.trace(given).lower().compile()
+        compiled(given)
+    held = weakref.ref(given)
+    del given
+    gc.collect()
+    assert held() is None
+    assert torch.equal((step if how == "jit" else compiled)(other), other * 2)
+
+
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x + x

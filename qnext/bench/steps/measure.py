@@ -80,9 +80,9 @@ class Runner:
         """Call a function, which is compiled before its first call."""
         name = function.__name__
         if name not in self._compiled:
-            traced = qn.jit(function, donate="state").trace(self.params, *rest)
-            lowered = traced.lower(self.target, strict=self.target != "reference")
-            self._compiled[name] = lowered.compile()
+            step = qn.jit(function, donate="state", target=self.target)
+            strict = self.target != "reference"
+            self._compiled[name] = step.compile(self.params, *rest, strict=strict)
         state: qn.State
         _, state = self._compiled[name](self.params, *rest)
         return state

@@ -99,18 +99,14 @@ def _tensor(operand: Operand) -> _Tensor:
     return _Tensor(None, KINDS[operand.dtype], len(size), _Axes(*size), _Axes(*stride))
 
 
+@cache  # asking the compiler what the machine can do takes as long as a step
 def load(isa: str) -> Library:
     """The library for some instructions, compiled if need be; TargetError if that cannot be."""
     path = build.library(isa)
     try:
-        return _opened(path)
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         raise TargetError(f"the compiled kernels cannot be loaded: {error}") from None
-
-
-@cache
-def _opened(path: Path) -> Library:
-    library = ctypes.CDLL(str(path))
     library.qnext_kernel.restype, library.qnext_kernel.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.qnext_run.restype = None

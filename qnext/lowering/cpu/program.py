@@ -17,7 +17,7 @@ from qnext.errors import LoweringError
 from qnext.lowering.calls import call_of
 from qnext.lowering.constants import FREE, PACKED
 from qnext.lowering.cpu.calls import KERNELS, in_order, kernel_of, numbers
-from qnext.lowering.cpu.library import Instruction, Library, Operand, Program, load
+from qnext.lowering.cpu.library import Instruction, Operand, Program, load
 from qnext.lowering.graph import argument_of, arguments, is_view, storage_of, tensors, value
 
 ALIGNMENT = 64  # bytes: a cache line
@@ -25,10 +25,10 @@ ALIGNMENT = 64  # bytes: a cache line
 
 def fuse(module: GraphModule, weights: Collection[str], isa: str) -> None:
     """Replace the kernels of a graph by programs; `weights` names arguments that stay the same."""
-    graph, library = module.graph, load(isa)
+    graph = module.graph
     fixed = {node for node in graph.nodes if _is_fixed(node, weights)}
     for number, group in enumerate(_groups(graph)):
-        _replace(module, f"program_{number}", group, fixed, library)
+        _replace(module, f"program_{number}", group, fixed, isa)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
@@ -188,25 +188,34 @@ class _Weights(NamedTuple):
     addresses: list[int]
 
 
+class Frame(NamedTuple):
+    """All that a program is, as data: memory 0 is the arena, then come inputs, then results."""
+
+    arena: int  # bytes
+    results: tuple[int, ...]  # what it returns: input i, or output ~i
+    outputs: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]  # size, stride
+    fixed: tuple[bool, ...]  # of each input: whether it depends on weights alone
+    instructions: tuple[Instruction, ...]
+
+
 class Step(torch.nn.Module):
     """A program in a graph: takes its inputs, returns the results that outlive it.
 
-    Pools that it writes are returned as they came, unless they did not lie together. `fixed` tells
-    of each input whether it depends on weights alone: such are looked at when others come.
+    Pools that it writes are returned as they came, unless they did not lie together. Inputs that
+    depend on weights alone are looked at when others come.
     """
 
-    def __init__(
-        self, layout: _Layout, results: Sequence[int], fixed: Sequence[bool], library: Library
-    ) -> None:
+    def __init__(self, frame: Frame, isa: str) -> None:
         super().__init__()
-        self._arena, self._results = layout.arena, results
-        self._outputs = [(tuple(t.shape), t.stride(), t.dtype) for t in layout.outputs]
-        pieces = 1 + len(layout.inputs) + len(layout.outputs)
-        settled = [_settled(each, pieces) for each in layout.instructions]
-        self._program = Program(settled, library)
+        self._made_of = frame, isa
+        self._arena, self._results, self._outputs, fixed, instructions = frame
+        self._program = Program(instructions, load(isa))
         self._fixed = [i for i, each in enumerate(fixed) if each]
         self._moving = [i for i, each in enumerate(fixed) if not each]
         self._weights = _Weights([], [], [], [])
+
+    def __reduce__(self) -> Any:
+        return Step, self._made_of
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         weights = self._bound([inputs[i] for i in self._fixed])
@@ -235,14 +244,21 @@ def _together(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
-def _settled(instruction: Instruction, pieces: int) -> Instruction:
+def _framed(layout: _Layout, results: Sequence[int], fixed: Sequence[bool]) -> Frame:
     """With the results' memory counted from the beginning, now that their number is known."""
-    operands = (o._replace(memory=o.memory % pieces) for o in instruction.operands)
-    return instruction._replace(operands=tuple(operands))
+    pieces = 1 + len(layout.inputs) + len(layout.outputs)
+
+    def settled(instruction: Instruction) -> Instruction:
+        operands = (o._replace(memory=o.memory % pieces) for o in instruction.operands)
+        return instruction._replace(operands=tuple(operands))
+
+    outputs = ((tuple(t.shape), t.stride(), t.dtype) for t in layout.outputs)
+    instructions = map(settled, layout.instructions)
+    return Frame(layout.arena, tuple(results), tuple(outputs), tuple(fixed), tuple(instructions))
 
 
 def _replace(
-    module: GraphModule, name: str, group: list[Node], fixed: Collection[Node], library: Library
+    module: GraphModule, name: str, group: list[Node], fixed: Collection[Node], isa: str
 ) -> None:
     """Put a program in the place of a group, after the last of it."""
     graph = module.graph
@@ -251,7 +267,8 @@ def _replace(
     layout = _Layout(group, last_use, kept)
     order = [storage for storage in layout.results if storage in kept]
     results = [layout.results[storage] for storage in order]
-    module.add_submodule(name, Step(layout, results, [n in fixed for n in layout.inputs], library))
+    frame = _framed(layout, results, [node in fixed for node in layout.inputs])
+    module.add_submodule(name, Step(frame, isa))
     with graph.inserting_after(group[-1]):
         step = graph.call_module(name, tuple(layout.inputs))
     step.meta["val"] = ()  # what it returns is known of its items

@@ -49,7 +49,7 @@ class Captured:
         self._inputs = [
             leaf if i in fixed | unread else torch.zeros_like(leaf) for i, leaf in enumerate(given)
         ]
-        self._host = {a.name: [a.most] * a.rows for a in compiled.lowered.host}
+        self._host = {a.name: [a.most] * a.rows for a in compiled.made.host}
         self._updates = updates(compiled.graph.graph)
         self._graph = self._npu.NPUGraph()
         self._outputs = self._capture(pool)
@@ -58,7 +58,7 @@ class Captured:
         self.pool = self._graph.pool()
 
     def _run(self) -> list[Tensor]:
-        lists = [self._host[a.name] for a in self.compiled.lowered.host]
+        lists = [self._host[a.name] for a in self.compiled.made.host]
         return list(self.compiled.graph(*self._inputs, *self._constants, *lists))
 
     def _capture(self, pool: Any) -> list[Tensor]:
@@ -80,7 +80,7 @@ class Captured:
         """Put the arguments where the graph reads them, and replay; returns the step's results."""
         arguments = bind(self.trace.function, args, kwargs)
         self.compiled.check(arguments)
-        lists = checked(self.compiled.lowered.host, host, self.trace.name)
+        lists = checked(self.compiled.made.host, host, self.trace.name)
         given = self.compiled.take(arguments)
         self._check_fixed(given)
         for i, static in self._copied:
