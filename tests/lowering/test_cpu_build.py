@@ -6,6 +6,7 @@ Sources here are two of a few lines; the kernels themselves are built once, in n
 import ctypes
 import multiprocessing
 import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,21 @@ import torch
 
 import qnext as qn
 from qnext.errors import TargetError
-from qnext.lowering.cpu import build
+from qnext.lowering.cpu import build, library
 from qnext.lowering.target import resolve
 
 needs_a_compiler = pytest.mark.skipif(
     build.compiler_here() is None, reason="no compiler for the kernels"
 )
 ANSWER = '#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n'
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded() -> Iterator[None]:
+    """As in a process that has not asked for the kernels yet; and so for the tests that follow."""
+    library.load.cache_clear()
+    yield
+    library.load.cache_clear()
 
 
 @pytest.fixture
@@ -43,8 +52,8 @@ def cache(tmp_path: Path) -> Path:
 
 
 def answers(built: Path) -> tuple[int, int]:
-    library = ctypes.CDLL(str(built))
-    return library.answer(), library.other()
+    kernels = ctypes.CDLL(str(built))
+    return kernels.answer(), kernels.other()
 
 
 def libraries(cache: Path) -> list[Path]:

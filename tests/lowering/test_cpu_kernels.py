@@ -23,6 +23,7 @@ from qnext.functional.ops.tolerance import EXACT, NORMS, SUMS
 from qnext.lowering.cpu import build, calls
 from qnext.lowering.cpu.calls import BETWEEN, KERNELS
 from qnext.lowering.cpu.library import load
+from qnext.lowering.cpu.small import SMALL_RULES
 from qnext.lowering.cpu.table import RULES
 from qnext.lowering.stages import Lowered
 from qnext.lowering.target import resolve
@@ -35,8 +36,11 @@ lacks = pytest.mark.skipif(not HAS_AVX2, reason="this machine has no AVX2")
 pytestmark = pytest.mark.skipif(not build.compiler_here(), reason="no compiler for the kernels")
 ISAS = ("native", pytest.param("avx2", marks=lacks), "portable")
 each_isa = pytest.mark.parametrize("isa", ISAS)
-each_name = pytest.mark.parametrize("name", KERNELS)
-TOLERANCES = {name: PRIMITIVES[name].tolerance for name in KERNELS if name in PRIMITIVES} | {
+# kernels of integers and copies have tests of their own, test_cpu_small.py
+SMALL = {*(rule.name for rule in SMALL_RULES), "write_back"}
+LAYERS = [name for name in KERNELS if name not in SMALL]
+each_name = pytest.mark.parametrize("name", LAYERS)
+TOLERANCES = {name: PRIMITIVES[name].tolerance for name in LAYERS if name in PRIMITIVES} | {
     "linear": SUMS,
     "swiglu": NORMS,  # torch rounds silu to bfloat16 before the product, the kernel does not
     "gate": NORMS,  # and so with the sigmoid
@@ -187,10 +191,10 @@ def test_all_kernels_are_here() -> None:
     """Those of the sources are those of Python; a primitive without one is drawn by torch."""
     sources = [path.read_text() for path in build.KERNELS.glob("*.cpp")]
     compiled = [name for text in sources for name in re.findall(r'^    \{"(\w+)", ', text, re.M)]
-    assert sorted(compiled) == sorted(KERNELS) == sorted(TOLERANCES)
-    assert sorted(rule.name for rule in RULES) == sorted(KERNELS)
+    assert sorted(compiled) == sorted(KERNELS) and sorted(LAYERS) == sorted(TOLERANCES)
+    assert {rule.name for rule in RULES} == KERNELS.keys() - {"write_back"}
     assert PRIMITIVES.keys() - KERNELS.keys() == {"gumbel"}
-    assert KERNELS.keys() - PRIMITIVES.keys() == BETWEEN.keys() == FUNCTIONS.keys()
+    assert KERNELS.keys() - PRIMITIVES.keys() == BETWEEN.keys() == FUNCTIONS.keys() | SMALL
 
 
 @each_isa

@@ -13,20 +13,27 @@ from torch import Tensor
 from torch.fx import Node
 
 from qnext.functional.ops import PRIMITIVES
-from qnext.functional.ops.moe import swiglu as _swiglu
 from qnext.functional.ops.quant import OVER, RECIPROCAL, TIMES
 from qnext.lowering.calls import CALLS, Call, call_of, register
-from qnext.lowering.cpu.library import Instruction, Operand, Program, load
+from qnext.lowering.cpu.between import BETWEEN, OPERATIONS
+from qnext.lowering.cpu.library import KINDS, Instruction, Operand, Program, load
 
 PREFIX = "cpu_"
-ROUNDINGS = {TIMES: 0, OVER: 1, RECIPROCAL: 2}  # as kernels/quantize.h has them
-INDEX, BOOL = "index", "bool"
+INDEX, BOOL, WHOLE, ANY = "index", "bool", "whole", "any"
+# numbers for words: as kernels/quantize.h, small.cpp and kernel.h have them
+CODES: dict[Any, int] = {
+    TIMES: 0,
+    OVER: 1,
+    RECIPROCAL: 2,
+    **{name: code for code, name in enumerate(OPERATIONS)},
+    **{str(dtype).removeprefix("torch."): kind for dtype, kind in KINDS.items()},
+}
 
 
 class Kernel(NamedTuple):
     """What a kernel wants: types of its tensors, those it writes, bytes of its workspace.
 
-    A type is a letter, `index` (int32 or int64), or a dtype's name.
+    A type is a letter, a dtype's name, `index` (int32 or int64), `whole` (or bool) or `any`.
     """
 
     tensors: str
@@ -83,67 +90,18 @@ KERNELS = {
     "add": Kernel("a:X b:X"),
     "gate": Kernel("x:X gate:X"),
     "cast": Kernel("x:X"),
-}
-
-
-def _like(name: str) -> Callable[..., Tensor]:
-    return lambda **arguments: torch.empty_like(
-        arguments[name], memory_format=torch.contiguous_format
-    )
-
-
-def _cast_shapes(*, x: Tensor, narrow: bool) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.bfloat16 if narrow else torch.float32)
-
-
-def _linear_shapes(*, x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _linear_flops(*, x: Tensor, weight: Tensor) -> int:
-    return 2 * x.numel() * weight.shape[0]
-
-
-class Between(NamedTuple):
-    """A call that is no primitive of the model: its schema, shapes, flops, and what it computes."""
-
-    schema: str
-    shapes: Callable[..., Any]
-    flops: Callable[..., int]
-    reference: Callable[..., Tensor]
-
-
-BETWEEN: dict[str, Between] = {
-    "linear": Between(
-        "(*, Tensor x, Tensor weight) -> Tensor",
-        _linear_shapes,
-        _linear_flops,
-        lambda *, x, weight: torch.nn.functional.linear(x, weight),
-    ),
-    "swiglu": Between(
-        "(*, Tensor gate, Tensor up) -> Tensor",
-        _like("gate"),
-        lambda *, gate, up: 5 * gate.numel(),
-        lambda *, gate, up: _swiglu(torch.cat([gate, up], dim=-1)),
-    ),
-    "add": Between(
-        "(*, Tensor a, Tensor b) -> Tensor",
-        _like("a"),
-        lambda *, a, b: a.numel(),
-        lambda *, a, b: a + b,
-    ),
-    "gate": Between(
-        "(*, Tensor x, Tensor gate) -> Tensor",
-        _like("x"),
-        lambda *, x, gate: 5 * x.numel(),
-        lambda *, x, gate: x * gate.sigmoid(),
-    ),
-    "cast": Between(
-        "(*, Tensor x, bool narrow) -> Tensor",
-        _cast_shapes,
-        lambda *, x, narrow: x.numel(),
-        lambda *, x, narrow: x.to(torch.bfloat16 if narrow else torch.float32),
-    ),
+    "compute": Kernel("a:whole b:whole"),
+    "choose": Kernel("condition:bool x:whole other:whole"),
+    "convert": Kernel("x:whole"),
+    "add_up": Kernel("x:whole"),
+    "largest": Kernel("x:X"),
+    "finite": Kernel("x:X"),
+    "copy": Kernel("x:any"),
+    "join": Kernel("a:any b:any"),
+    "rows": Kernel("x:any index:index"),
+    "pick": Kernel("x:any index:index"),
+    "put_rows": Kernel("pool:any index:index values:any", writes=("pool",)),
+    "write_back": Kernel("into:any values:any", writes=("into",)),
 }
 
 
@@ -161,7 +119,7 @@ def in_order(op: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def numbers(arguments: Iterable[Any]) -> tuple[float, ...]:
     """The arguments that are no tensors, as kernels take them."""
-    return tuple(float(ROUNDINGS.get(value, value)) for value in arguments)
+    return tuple(float(CODES.get(value, value)) for value in arguments)
 
 
 def _launch(name: str, shapes: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -184,12 +142,12 @@ def _launch(name: str, shapes: Callable[..., Any], arguments: dict[str, Any]) ->
 
 def _define(name: str) -> Any:
     """The call of a kernel; shapes and work of a primitive's are the primitive's own."""
+    moved: Callable[..., int] | None
     if known := PRIMITIVES.get(name):
         schema = known.schema.removeprefix(name)
         shapes, flops, moved, reference = known.shapes, known.flops, known.bytes, known.reference
     else:
-        schema, shapes, flops, reference = BETWEEN[name]
-        moved = None
+        schema, reference, shapes, flops, moved = BETWEEN[name]
 
     def run(**arguments: Any) -> Any:
         return _launch(name, shapes, in_order(CALLS[PREFIX + name].op, arguments))

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from qnext.errors import TargetError
+from qnext.errors import InputError, TargetError
 from qnext.lowering.cpu import build
 
 MAX_DIMS = 5
@@ -42,6 +42,7 @@ class _Call(ctypes.Structure):
         ("kernel", ctypes.c_void_p),
         ("tensors", ctypes.c_void_p),
         ("numbers", ctypes.POINTER(ctypes.c_double)),
+        ("fault", ctypes.POINTER(ctypes.c_ssize_t)),
     )
 
 
@@ -74,23 +75,42 @@ class Program:
         self._offset = (ctypes.c_int64 * len(operands))(*(o.offset for o in operands))
         self._calls = (_Call * len(instructions))()
         self._numbers = []  # the calls point to them
+        self._instructions, self._fault = instructions, ctypes.c_ssize_t(0)
         at = ctypes.addressof(self._tensors)
         for call, each in zip(self._calls, instructions, strict=True):
             self._numbers.append((ctypes.c_double * len(each.numbers))(*each.numbers))
             call.kernel = self._library.qnext_kernel(each.kernel.encode())
             call.tensors, call.numbers = at, self._numbers[-1]
+            call.fault = ctypes.pointer(self._fault)
             at += len(each.operands) * ctypes.sizeof(_Tensor)
             assert call.kernel, f"the library has no kernel {each.kernel}"
         self._lock = Lock()  # addresses are written into the tensors: one run at a time
 
     def run(self, memory: Sequence[int], threads: int) -> None:
-        """Run on pieces of memory, given by the addresses of their first elements."""
+        """Run on pieces of memory, given by the addresses of their first elements.
+
+        Raises InputError where an index (a token's id) points to nothing; what would have followed
+        is not computed.
+        """
         addresses = (ctypes.c_void_p * len(memory))(*memory)
         with self._lock:
+            self._fault.value = 0
             self._library.qnext_run(
                 *(self._calls, len(self._calls), self._tensors, len(self._tensors)),
                 *(self._memory, self._offset, addresses, threads),
             )
+            fault = self._fault.value
+        if fault:
+            number = (fault - ctypes.addressof(self._calls)) // ctypes.sizeof(_Call)
+            raise InputError(_out_of_range(number, self._instructions[number]))
+
+
+def _out_of_range(number: int, call: Instruction) -> str:
+    size = list(call.operands[0].size)
+    return (
+        f"an index is out of range: call {number} of the program, {call.kernel!r}, looks it up in "
+        f"a tensor of shape {size}. A token's id must be within the vocabulary"
+    )
 
 
 def _tensor(operand: Operand) -> _Tensor:

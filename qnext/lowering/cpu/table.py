@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from qnext.lowering.cpu.calls import BETWEEN, BOOL, INDEX, KERNELS, OPS
 from qnext.lowering.cpu.library import MAX_DIMS
+from qnext.lowering.cpu.small import SMALL_RULES
 from qnext.lowering.graph import site_name, value
 from qnext.lowering.rules import Match, Rule
 from qnext.lowering.target import Target
@@ -140,5 +141,6 @@ RULES = (
     Rule("gate", "mul", OPS["gate"], "kernel gate", _takes("gate"), _gate),
     Rule("add", "add", OPS["add"], "kernel add", _takes("add"), _add),
     Rule("cast", "to", OPS["cast"], "kernel cast", _takes("cast"), _cast),
+    *SMALL_RULES,
 )
 PASSES = ()

@@ -98,34 +98,42 @@ static int64_t rule_tasks(const Call& c, int64_t phase) {
   return phase ? DONE : value.size[0] * value.size[2] * ceil_div(value.size[3], STATE_ROWS);
 }
 
-// One token for N rows of a state, `apart` from each other. What is read, s . k of each, is all that
-// a row's write waits for: rows are read together, then written and asked together.
+// Rows of a state in memory, `apart` from each other.
+template <class T> struct Rows {
+  T* first;
+  int64_t apart;
+  T* operator[](int64_t i) const { return first + i * apart; }
+};
+
+// One token for N rows of a state from the i-th on, which may be written elsewhere than they are
+// read. What is read, s . k of each, is all that a row's write waits for: rows are read together,
+// then written and asked together.
 template <int N>
-static inline void rule_step(float* s, int64_t apart, const float* k, const float* q, int64_t n,
-                             float decay, float beta, const float* v, float* out) {
+static inline void rule_step(Rows<float> from, Rows<float> to, int64_t i, const float* k, const float* q,
+                             int64_t n, float decay, float beta, const float* v, float* out) {
   const float *keys[1] = {k}, *rows[N];
   float read[N][1], write[N];
-  for (int r = 0; r < N; r++) rows[r] = s + r * apart;
+  for (int r = 0; r < N; r++) rows[r] = from[i + r];
   dots<N, 1>(rows, keys, n, read);
-  for (int r = 0; r < N; r++) write[r] = beta * (v[r] - decay * read[r][0]);
+  for (int r = 0; r < N; r++) write[r] = beta * (v[i + r] - decay * read[r][0]);
   Floats sums[N];
   int64_t whole = n - n % LANES;
   for (int r = 0; r < N; r++) {
-    float* row = s + r * apart;
+    float* row = to[i + r];
     Floats total = {}, written = splat(write[r]);
-    for (int64_t i = 0; i < whole; i += LANES) {
-      Floats next = fused(written, load(k + i), decay * load(row + i));
-      store(row + i, next);
-      total = fused(next, load(q + i), total);
+    for (int64_t j = 0; j < whole; j += LANES) {
+      Floats next = fused(written, load(k + j), decay * load(rows[r] + j));
+      store(row + j, next);
+      total = fused(next, load(q + j), total);
     }
     sums[r] = total;
   }
-  sum_each<N>(sums, out);
+  sum_each<N>(sums, out + i);
   for (int r = 0; r < N; r++)
-    for (int64_t i = whole; i < n; i++) {
-      float& number = s[r * apart + i];
-      number = fused(write[r], k[i], decay * number);
-      out[r] = fused(number, q[i], out[r]);
+    for (int64_t j = whole; j < n; j++) {
+      float number = fused(write[r], k[j], decay * rows[r][j]);
+      to[i + r][j] = number;
+      out[i + r] = fused(number, q[j], out[i + r]);
     }
 }
 
@@ -135,22 +143,24 @@ static void rule_part(const Call& c, int64_t b, int64_t head, Span rows) {
                &slots = c[6], &out = c[7];
   constexpr bool IN_PLACE = sizeof(S) == sizeof(float);
   int64_t seq = value.size[1], dk = key.size[3], n = rows.end - rows.begin;
-  int64_t source = head / (value.size[2] / key.size[2]), writes = slots.size[1], apart = dk;
+  int64_t source = head / (value.size[2] / key.size[2]), writes = slots.size[1];
   std::vector<float> copy, q(dk), k(dk), v(n), o(n);
-  auto pool = [&](int64_t t, int64_t i) {
-    return state.at<S>(slots.index(b, t), head, rows.begin + i);
+  // the state's rows after token t; each token has a slot of its own, or all have one
+  auto after = [&](int64_t t) {
+    return Rows<S>{state.at<S>(slots.index(b, writes > 1 ? t : 0), head, rows.begin), state.stride[2]};
+  };
+  auto place = [&](int64_t t) {  // where a token's rows are computed
+    if constexpr (IN_PLACE) return after(t);
+    return Rows<float>{copy.data(), dk};
   };
   auto keep = [&](int64_t t) {
     for (int64_t i = 0; i < n; i++)
-      for (int64_t j = 0; j < dk; j++) pool(t, i)[j] = narrow<S>(copy[i * dk + j]);
+      for (int64_t j = 0; j < dk; j++) after(t)[i][j] = narrow<S>(copy[i * dk + j]);
   };
-  float* s;
-  if (IN_PLACE && writes == 1) {
-    s = reinterpret_cast<float*>(pool(0, 0)), apart = state.stride[2];
-  } else {
-    copy.resize(n * dk), s = copy.data();
+  if (!IN_PLACE) {
+    copy.resize(n * dk);
     for (int64_t i = 0; i < n; i++)
-      for (int64_t j = 0; j < dk; j++) s[i * dk + j] = wide(pool(0, i)[j]);
+      for (int64_t j = 0; j < dk; j++) copy[i * dk + j] = wide(after(0)[i][j]);
   }
   for (int64_t t = 0; t < seq; t++) {
     for (int64_t j = 0; j < dk; j++) {
@@ -159,8 +169,9 @@ static void rule_part(const Call& c, int64_t b, int64_t head, Span rows) {
     }
     for (int64_t i = 0; i < n; i++) v[i] = wide(value.at<X>(b, t, head)[rows.begin + i]);
     float decay = std::exp(g.at<float>(b, t)[head]), strength = wide(beta.at<X>(b, t)[head]);
+    Rows<float> from = place(t ? t - 1 : 0), to = place(t);
     auto step = [&](auto rows, int64_t i) {
-      rule_step<rows>(s + i * apart, apart, k.data(), q.data(), dk, decay, strength, &v[i], &o[i]);
+      rule_step<rows>(from, to, i, k.data(), q.data(), dk, decay, strength, v.data(), o.data());
       return i + rows;
     };
     int64_t i = 0;
@@ -169,9 +180,9 @@ static void rule_part(const Call& c, int64_t b, int64_t head, Span rows) {
     if (i + 4 <= n) i = step(Number<4>(), i);
     while (i < n) i = step(Number<1>(), i);
     for (i = 0; i < n; i++) out.at<X>(b, t, head)[rows.begin + i] = narrow<X>(o[i]);
-    if (writes > 1) keep(t);
+    if (!IN_PLACE && writes > 1) keep(t);
   }
-  if (writes == 1 && !copy.empty()) keep(0);
+  if (!IN_PLACE && writes == 1) keep(0);
 }
 
 static void delta_rule(const Call& c, int64_t, int64_t task) {

@@ -80,10 +80,17 @@ struct Call {
   const Kernel* kernel;
   const Tensor* tensors;
   const double* numbers;
+  intptr_t* fault;  // of the whole list of calls: the call that met one, else 0
 
   const Tensor& operator[](int i) const { return tensors[i]; }
   float number(int i) const { return float(numbers[i]); }
   int64_t integer(int i) const { return int64_t(numbers[i]); }
+  // Whether an index points to one of `size`; if not, the list of calls ends after this phase.
+  bool within(int64_t index, int64_t size) const {
+    bool good = index >= 0 && index < size;
+    if (!good) __atomic_store_n(fault, intptr_t(this), __ATOMIC_RELAXED);
+    return good;
+  }
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

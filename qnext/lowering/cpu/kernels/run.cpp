@@ -7,8 +7,8 @@
 
 namespace qnext {
 
-extern const Kernel LINEAR[], EXPERTS[], NORMS[], DELTA_NET[], ATTENTION[];
-static const Kernel* const TABLES[] = {LINEAR, EXPERTS, NORMS, DELTA_NET, ATTENTION};
+extern const Kernel LINEAR[], EXPERTS[], NORMS[], DELTA_NET[], ATTENTION[], SMALL[];
+static const Kernel* const TABLES[] = {LINEAR, EXPERTS, NORMS, DELTA_NET, ATTENTION, SMALL};
 
 static inline void relax() {
 #if defined(__x86_64__)
@@ -91,6 +91,7 @@ struct Run {
         int64_t tasks = call.kernel->tasks(call, phase);
         if (tasks == DONE) break;
         crew.run(number, tasks, thread, [&](int64_t task) { call.kernel->run(call, phase, task); });
+        if (__atomic_load_n(call.fault, __ATOMIC_RELAXED)) return;
       }
     }
   }
