@@ -30,6 +30,15 @@ def add_draft(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def add_target(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--target",
+        choices=("cpu", "reference"),
+        default="cpu",
+        help="cpu: kernels for this machine, compiled once (default); reference: PyTorch",
+    )
+
+
 def load(args: argparse.Namespace) -> tuple[qn.Params, Tokenizer]:
     """Params and tokenizer of the command's model, which can draft where that is asked."""
     if args.draft < 0:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import qnext as qn
 from qnext import doctor
-from qnext.arguments import add_draft, add_model, load
+from qnext.arguments import add_draft, add_model, add_target, load
 from qnext.bench.command import add_bench
 from qnext.complete import Piece, complete
 from qnext.convert import convert
@@ -104,6 +104,7 @@ def _add_generate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
     )
     add_draft(verb)
+    add_target(verb)
     verb.add_argument("--json", action="store_true", help="print one JSON object at the end")
     verb.set_defaults(run=run_generate)
 
@@ -126,6 +127,7 @@ def _add_eval(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     verb.add_argument("--batch", type=int, default=16, metavar="B", help="problems at a time")
     verb.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
     add_draft(verb)
+    add_target(verb)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write figures and all answers")
     verb.set_defaults(run=run_eval)
 
@@ -221,9 +223,8 @@ def _answer(
     first: float | None = None
     text, last = "", Piece(0, "", 0, None)
     try:
-        for last in complete(
-            params, tokenizer, [prompt], args.max_new_tokens, sampling, args.stop, args.draft
-        ):
+        how = (args.max_new_tokens, sampling, args.stop, args.draft)
+        for last in complete(params, tokenizer, [prompt], *how, target=args.target):
             first = time.monotonic() if first is None else first
             text += last.text
             if not quiet:
@@ -277,6 +278,7 @@ def run_eval(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
         limit=args.limit,
         draft=args.draft,
+        target=args.target,
     )
     print(f"accuracy           {report.accuracy:.3f}")
     print(f"  beyond the shots {report.accuracy_beyond_shots:.3f}")

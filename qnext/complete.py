@@ -1,19 +1,21 @@
 """Text in, text out: prompts of token ids continued as streamed text, with stop strings."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from qnext.acceptance import Acceptance, of_step
+from qnext.acceptance import Acceptance
 from qnext.errors import InputError
-from qnext.functional.generate import GREEDY, stream
-from qnext.functional.model import prefill
+from qnext.functional.generate import GREEDY
 from qnext.functional.params import Params
 from qnext.functional.sampling import Sampling
-from qnext.functional.state import State, init_state, select
-from qnext.text import Continuation, Tokenizer
+from qnext.runtime.engine import Engine
+from qnext.runtime.options import Options
+from qnext.runtime.request import Output, Request
+from qnext.text import Tokenizer
+
+LEAST = 1024  # tokens of an engine's capacity: steps are compiled for each capacity by itself
 
 
 class Piece(NamedTuple):
@@ -38,62 +40,69 @@ def complete(
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     stops: Sequence[str] = (),
     draft: int = 0,
+    *,
+    target: str = "cpu",
+    rows: int | None = None,
+    marks: Sequence[int] = (),
 ) -> Iterator[Piece]:
-    """Continue prompts (token ids) as text, yielding pieces of any row as they become certain.
+    """Continue prompts (token ids) as text, yielding pieces of any prompt as they become certain.
 
-    A row ends at an eos token, before the first occurrence of a string of `stops`, or after
-    `max_new_tokens`. What all prompts begin with is prefilled once. With `draft` so many tokens
-    are guessed ahead, which changes no text. Raises InputError.
+    A prompt's row ends at an eos token, before the first occurrence of a string of `stops`, or
+    after `max_new_tokens`. With `draft` so many tokens are guessed ahead, which changes no text.
+    `rows` prompts run at once (default: all), the next as soon as one ends; `marks` are lengths
+    that prompts share as a prefix, which is then read once. `target` is what steps are compiled
+    for. Raises InputError, LoweringError and TargetError; what goes wrong in a step is raised, too.
     """
-    rows = [Continuation(tokenizer, prompt, stops) for prompt in prompts]
-    acceptance = [Acceptance()] * len(rows)
-    state, tokens, lengths = shared_prefix(params, prompts, max_new_tokens, draft)
-
-    def stop(new: Tensor) -> Tensor:
-        for row, token in zip(rows, new.tolist(), strict=True):
-            if row.finish is None and token >= 0:
-                row.push(token)
-        return torch.tensor([row.finish is not None for row in rows], device=new.device)
-
-    told = [False] * len(rows)
-    steps = stream(params, state, tokens, max_new_tokens, lengths, sampling, stop, draft)
-    for new, _ in steps:
-        for i, (row, made) in enumerate(zip(rows, (new >= 0).sum(1).tolist(), strict=True)):
-            if row.tokens == max_new_tokens and row.finish is None:
-                row.end("length")
-            if made:
-                room = max_new_tokens - (row.tokens - made)
-                acceptance[i] += of_step(made, draft, room, row.finish is not None)
-            text = row.release()
-            if not told[i] and (text or row.finish):
-                yield Piece(i, text, row.tokens, row.finish, acceptance[i])
-            told[i] = row.finish is not None
-
-
-def shared_prefix(
-    params: Params, prompts: Sequence[Sequence[int]], max_new_tokens: int, draft: int = 0
-) -> tuple[State, Tensor, Tensor]:
-    """(state, tokens, lengths): the state has consumed what all prompts share, once for all.
-
-    tokens [batch, seq] are what remains of each prompt, right-padded; at least one token each.
-    """
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}")
     if not prompts or not all(prompts):
         raise InputError("empty prompt: give at least one token")
-    longest = max(map(len, prompts))
-    least = min(map(len, prompts)) - 1
-    shared = next((i for i in range(least) if len({p[i] for p in prompts}) > 1), least)
-    batch, device = len(prompts), params.embed.device
-    shared = shared if batch > 1 else 0
-    rows = 1 if shared else batch
-    room = longest + max_new_tokens
-    state = init_state(params.config, rows, room, device=device, draft=draft)
-    if shared:
-        prefix = torch.tensor([list(prompts[0][:shared])], device=device)
-        with torch.no_grad():
-            _, state = prefill(params, state, prefix)
-        state = select(state, [0] * batch)
-    rest = [list(p[shared:]) for p in prompts]
-    lengths = torch.tensor([len(r) for r in rest], device=device)
-    width = int(lengths.max())
-    tokens = torch.tensor([r + [0] * (width - len(r)) for r in rest], device=device)
-    return state, tokens, lengths
+    each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+    requests = [
+        Request(
+            tokens=tuple(prompt),
+            max_new_tokens=max_new_tokens,
+            sampling=manner,
+            stops=tuple(stops),
+            marks=tuple(marks),
+        )
+        for prompt, manner in zip(prompts, each, strict=True)
+    ]
+    options = Options(
+        rows=rows or len(prompts),
+        capacity=_room(max(map(len, prompts)) + max_new_tokens),
+        max_waiting=len(prompts),
+        draft=draft,
+        target=target,
+    )
+    for row, output in outputs(Engine(params, tokenizer, options), requests):
+        if output.error:
+            raise output.error
+        told = output.acceptance if draft else Acceptance(output.made, output.made)
+        yield Piece(row, output.text, output.made, output.finish, told)
+
+
+def outputs(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
+    """The outputs of requests as they come, each with its request's place; leaving ends them."""
+    made: deque[tuple[int, Output]] = deque()
+    try:
+        for at, request in enumerate(requests):
+            engine.submit(request, partial(_take, made, at))
+        busy = True
+        while busy:
+            busy = engine.step()
+            while made:
+                at, output = made.popleft()
+                if output.text or output.finish:
+                    yield at, output
+    finally:
+        engine.close()
+
+
+def _take(made: deque[tuple[int, Output]], at: int, output: Output) -> None:
+    made.append((at, output))
+
+
+def _room(tokens: int) -> int:
+    """A power of two, so that few capacities are ever compiled for."""
+    return max(LEAST, 1 << (tokens - 1).bit_length())

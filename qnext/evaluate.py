@@ -18,8 +18,8 @@ from tqdm import tqdm
 from qnext.acceptance import Acceptance
 from qnext.complete import Piece, complete
 from qnext.errors import QnextError
+from qnext.functional.generate import GREEDY
 from qnext.functional.params import Params
-from qnext.functional.sampling import Sampling
 from qnext.text import Tokenizer
 
 STOPS = ("Question", "Assistant:")
@@ -106,32 +106,40 @@ def evaluate(
     max_new_tokens: int = 512,
     limit: int | None = None,
     draft: int = 0,
+    target: str = "cpu",
     progress: bool | None = None,
 ) -> Report:
     """Ask the first `limit` problems (default: all), `batch` at a time, after `shots` examples.
 
-    With `draft` so many tokens are guessed ahead, which changes no answer. Raises DataError where
-    there are fewer problems than shots.
+    With `draft` so many tokens are guessed ahead, which changes no answer. `target` is what steps
+    are compiled for. Raises DataError where there are fewer problems than shots.
     """
     if not 0 <= shots <= len(problems):
         raise DataError(f"{shots} shots need as many problems; the file has {len(problems)}")
     prefix = "".join(map(shown, problems[:shots]))
     chosen = problems[:limit]
+    prompts = [tokenizer.encode(prefix + asked(problem)) for problem in chosen]
+    pieces = complete(
+        *(params, tokenizer, prompts, max_new_tokens, GREEDY, STOPS, draft),
+        target=target,
+        rows=min(batch, len(prompts)),
+        marks=(len(tokenizer.encode(prefix)),) if prefix else (),
+    )
     began = time.monotonic()
-    results: list[dict[str, Any]] = []
-    acceptance = Acceptance()
+    answers = [Piece(row, "", 0, None) for row in range(len(prompts))]
     hidden = None if progress is None else not progress
-    with tqdm(total=len(chosen), desc="eval", unit="problem", disable=hidden) as bar:
-        for first in range(0, len(chosen), batch):
-            group = chosen[first : first + batch]
-            prompts = [tokenizer.encode(prefix + asked(problem)) for problem in group]
-            answers = _answers(params, tokenizer, prompts, max_new_tokens, draft)
-            for problem, last in zip(group, answers, strict=True):
-                results.append(_judged(problem, last.text, last.tokens))
-                acceptance += last.acceptance
-            bar.update(len(group))
-            bar.set_postfix(accuracy=f"{_share(results, 'right'):.3f}")
+    right = done = 0
+    with tqdm(total=len(prompts), desc="eval", unit="problem", disable=hidden) as bar:
+        for piece in pieces:
+            whole = piece._replace(text=answers[piece.row].text + piece.text)
+            answers[piece.row] = whole
+            if piece.finish:
+                done += 1
+                right += _judged(chosen[piece.row], whole)["right"]
+                bar.update()
+                bar.set_postfix(accuracy=f"{right / done:.3f}")
     seconds = time.monotonic() - began
+    results = list(map(_judged, chosen, answers))
     output = sum(row["tokens"] for row in results)
     return Report(
         accuracy=_share(results, "right"),
@@ -143,31 +151,20 @@ def evaluate(
         output_tokens=output,
         output_tokens_per_second=output / seconds,
         draft=draft,
-        acceptance=acceptance,
+        acceptance=sum((answer.acceptance for answer in answers), Acceptance()),
         results=tuple(results),
     )
 
 
-def _answers(
-    params: Params, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int, draft: int
-) -> list[Piece]:
-    """Each prompt's continuation, in one piece."""
-    whole = [Piece(row, "", 0, None) for row in range(len(prompts))]
-    greedy = Sampling(temperature=0.0)
-    for piece in complete(params, tokenizer, prompts, max_new_tokens, greedy, STOPS, draft):
-        whole[piece.row] = piece._replace(text=whole[piece.row].text + piece.text)
-    return whole
-
-
-def _judged(problem: Problem, text: str, tokens: int) -> dict[str, Any]:
-    want, got = answer_of(problem.answer), answer_of(text)
+def _judged(problem: Problem, answer: Piece) -> dict[str, Any]:
+    want, got = answer_of(problem.answer), answer_of(answer.text)
     return {
         "question": problem.question,
-        "text": text,
+        "text": answer.text,
         "want": want,
         "got": got,
         "right": got is not None and got == want,
-        "tokens": tokens,
+        "tokens": answer.tokens,
     }
 
 

@@ -8,13 +8,13 @@ from torch import Tensor
 from qnext.functional.sampling import Bias, Counts, Drawing, Sampling, drawing
 from qnext.functional.speculate import judge, newest
 from qnext.functional.state import State
-from qnext.functional.verify import rewound
 from qnext.runtime.logprobs import told
-from qnext.runtime.steps import Steps
+from qnext.runtime.steps import Steps, halted
 from qnext.runtime.work import Drawn, Manner
 
 RESTS = Manner(Sampling(temperature=0.0))
 NEVER = float("-inf")
+ENDS = 4  # tokens that may end a row, or a multiple: a step is compiled for each number of them
 
 
 class Draws:
@@ -30,8 +30,8 @@ class Draws:
         self._all = torch.zeros(rows, dtype=torch.int64, device=device)
         self._rows: tuple[int, ...] = ()
         self.newest = self._all
-        self._draws = Drawing()
-        self._ends: Tensor | None = None
+        self._draws, self._plain = Drawing(), True
+        self._ends = torch.empty(0)
 
     def begin(self, row: int, tokens: Sequence[int], manner: Manner) -> None:
         """A sequence takes a row, with these tokens so far."""
@@ -58,9 +58,11 @@ class Draws:
         self.newest = torch.cat([self._all.index_select(0, index), more])
         draws = drawing([m.sampling for m in each], self._stacked(rows, batch), self.device)
         self._draws = draws._replace(bias=self._bias(each))
-        width = max(len(m.ends) for m in each)
+        width = -(-max(1, *(len(m.ends) for m in each)) // ENDS) * ENDS
         ends = [[*m.ends, *[-2] * (width - len(m.ends))] for m in each]  # -2 is no token
-        self._ends = torch.tensor(ends, device=self.device) if width else None
+        self._ends = torch.tensor(ends, device=self.device)
+        told = any(m.guide is not None or m.logprobs is not None for m in each)
+        self._plain = not told and self._draws == Drawing()
 
     def _stacked(self, rows: tuple[int, ...], batch: int) -> Counts | None:
         if not any(row in self._counts for row in rows):
@@ -92,7 +94,16 @@ class Draws:
                     self._counts[row] = Counts(*(c[at : at + 1] for c in self._draws.counts))
         self._rows = ()
 
-    def draw(self, logits: Tensor, position: Tensor) -> list[Drawn]:
+    def decode(self, steps: Steps, near: State) -> tuple[State, list[Drawn]]:
+        """Consume the newest token of each row and draw the next."""
+        if self._plain:
+            self.newest, finite, near = steps("next", near, self.newest)
+            each = zip(self._rows, self.newest.tolist(), finite.tolist(), strict=False)
+            return near, [Drawn((token,), good, ()) for _, token, good in each]
+        logits, near = steps("decode", near, self.newest)
+        return near, self._draw(logits, near.lengths)
+
+    def _draw(self, logits: Tensor, position: Tensor) -> list[Drawn]:
         """A token for each row of logits [batch, vocab], and what there is to tell of it."""
         drawn = self._draws.draw(self._guided(logits[:, None], None)[:, 0], position)
         self._draws = self._draws.after(drawn)
@@ -104,6 +115,12 @@ class Draws:
     ) -> tuple[State, list[Drawn]]:
         """`functional.speculate` on the compiled steps, halting at tokens that end a row."""
         near = near._replace(capacity=near.capacity * real)
+        if self._plain:
+            drawn, kept, finite, near = steps("ahead", near, self.newest, drafted, self._ends)
+            self.newest = newest(drawn, kept).where(kept > 0, self.newest)
+            lists = (drawn.tolist(), kept.tolist(), finite.tolist())
+            each = zip(self._rows, *lists, strict=False)
+            return near, [Drawn(tuple(made[:count]), good, ()) for _, made, count, good in each]
         settings = self._draws.settings
         guesses, near = steps("guess", near, self.newest, drafted, settings)
         line = torch.cat([self.newest[:, None], guesses], dim=1)
@@ -112,24 +129,12 @@ class Draws:
         near = pending._replace(accepted=accepted)
         ruled = self._guided(logits, line)
         drawn, count, near = judge(near, pending, ruled, line, self._draws)
-        near, kept = self._halted(near, drawn, count)
+        kept, near = halted(near, drawn, count, self._ends)
         drawn = drawn.where(torch.arange(drawn.shape[1], device=drawn.device) < kept[:, None], -1)
         for column in drawn.unbind(1):
             self._draws = self._draws.after(column)
         self.newest = newest(drawn, kept).where(kept > 0, self.newest)
         return near, self._told(logits, drawn, kept.tolist())
-
-    def _halted(self, near: State, drawn: Tensor, count: Tensor) -> tuple[State, Tensor]:
-        """Rows that drew a token that ends them give back what they consumed after it, and rest."""
-        if self._ends is None:
-            return near, count
-        at = torch.arange(drawn.shape[1], dtype=count.dtype, device=drawn.device)
-        ends = (drawn[:, :, None] == self._ends[:, None, :]).any(-1)
-        first = at.where(ends, drawn.shape[1]).amin(1)
-        over = first < count
-        kept = count.where(~over, first + 1)
-        near = rewound(near, count - kept)
-        return near._replace(capacity=near.lengths.where(over, near.capacity)), kept
 
     def _guided(self, logits: Tensor, line: Tensor | None) -> Tensor:
         """Logits [batch, seq, vocab] with what guides rule out at -inf."""

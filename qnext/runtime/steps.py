@@ -11,10 +11,11 @@ from tqdm import tqdm
 from qnext.functional.blocks import unembed
 from qnext.functional.model import decode, trunk
 from qnext.functional.params import Params
-from qnext.functional.sampling import Knobs
-from qnext.functional.speculate import draft, verify_line
+from qnext.functional.sampling import Drawing, Knobs, choose
+from qnext.functional.speculate import draft, judge, verify_line
 from qnext.functional.state import State
 from qnext.functional.tree import place
+from qnext.functional.verify import rewound
 from qnext.lowering.compiled import Compiled
 from qnext.lowering.stages import jit
 from qnext.lowering.target import Target
@@ -56,10 +57,66 @@ def guess(
     return draft(params, state, tokens, drafted, settings)
 
 
+def draw_next(
+    params: Shaped[Params], state: Shaped[State], tokens: Int64[Tensor, " batch"]
+) -> tuple[Int64[Tensor, " batch"], Bool[Tensor, " batch"], Shaped[State]]:
+    """Consume a token of each row; the likeliest that follows, and whether its logit is finite."""
+    logits, state = decode(params, state, tokens)
+    drawn = choose(logits, state.lengths)
+    return drawn, _finite(logits[:, None], drawn[:, None]), state
+
+
+def draw_ahead(
+    params: Shaped[Params],
+    state: Shaped[State],
+    tokens: Int64[Tensor, " batch"],
+    drafted: int,
+    ends: Int64[Tensor, "batch ends"],
+) -> tuple[
+    Int64[Tensor, "batch seq"], Int[Tensor, " batch"], Bool[Tensor, " batch"], Shaped[State]
+]:
+    """`speculate`, the likeliest tokens, up to one of `ends`: drawn, how many, finite, the state.
+
+    A row that draws one of its ends (-2 is none) gives back what it consumed after it, and rests.
+    """
+    guesses, state = draft(params, state, tokens, drafted)
+    line = torch.cat([tokens[:, None], guesses], dim=1)
+    logits, pending = verify_line(params, state, line)
+    drawn, count, after = judge(state, pending, logits, line, Drawing())
+    kept, after = halted(after, drawn, count, ends)
+    at = torch.arange(drawn.shape[1], dtype=kept.dtype, device=drawn.device)
+    drawn = drawn.where(at < kept[:, None], -1)
+    return drawn, kept, _finite(logits, drawn), after
+
+
+def halted(
+    state: Shaped[State],
+    drawn: Int64[Tensor, "batch seq"],
+    count: Int[Tensor, " batch"],
+    ends: Int64[Tensor, "batch ends"],
+) -> tuple[Int[Tensor, " batch"], Shaped[State]]:
+    """Rows that drew a token that ends them give back what they consumed after it, and rest."""
+    some = (drawn[:, :, None] == ends[:, None, :]).sum(2)
+    before = (some.cumsum(1) == 0).sum(1, dtype=count.dtype)  # tokens before the first that ends
+    over = before < count
+    kept = count.where(~over, before + 1)
+    state = rewound(state, count - kept)
+    return kept, state._replace(capacity=state.lengths.where(over, state.capacity))
+
+
+def _finite(
+    logits: Float[Tensor, "batch seq vocab"], drawn: Int64[Tensor, "batch seq"]
+) -> Bool[Tensor, " batch"]:
+    """Whether the logits of all tokens that a row drew are finite."""
+    return logits.gather(2, drawn.clamp(min=0)[..., None]).squeeze(2).isfinite().all(-1)
+
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "consume": consume,
     "score": score,
     "decode": decode,
+    "next": draw_next,
+    "ahead": draw_ahead,
     "guess": guess,
     "verify": verify_line,
 }

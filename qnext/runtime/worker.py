@@ -12,7 +12,7 @@ from qnext.functional.params import Params
 from qnext.functional.sampling import Sampling, knobs
 from qnext.functional.state import State, init_state, narrow, pages_of, view, widen
 from qnext.functional.tree import map_leaves
-from qnext.runtime.draws import Draws
+from qnext.runtime.draws import ENDS, Draws
 from qnext.runtime.kept import Kept, completed, put, take, wipe
 from qnext.runtime.logprobs import told
 from qnext.runtime.steps import Steps
@@ -162,8 +162,7 @@ class Worker:
         if self.drafted:
             near, drawn = self.draws.speculate(self.steps, near, self.drafted, real)
         else:
-            logits, near = self.steps("decode", near, self.draws.newest)
-            drawn = self.draws.draw(logits, near.lengths)
+            near, drawn = self.draws.decode(self.steps, near)
         self._near = near._replace(lengths=near.lengths * real)  # padding stays on scratch
         done.drawn |= zip(rows, drawn, strict=True)
 
@@ -193,8 +192,9 @@ class Worker:
         calls: list[tuple[Any, ...]] = []
         for batch in self.steps.batches:
             if not self.drafted:
-                calls.append(("decode", rows(batch), zeros(batch)))
+                calls += [(name, rows(batch), zeros(batch)) for name in ("next", "decode")]
                 continue
+            calls.append(("ahead", rows(batch), zeros(batch), self.drafted, zeros(batch, ENDS)))
             settings = map_leaves(lambda leaf, b=batch: leaf.expand(b).clone(), greedy)
             for each in (None, settings):
                 calls.append(("guess", rows(batch), zeros(batch), self.drafted, each))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qnext as qn
-from qnext.complete import complete, shared_prefix
+from qnext.complete import complete
 from qnext.evaluate import DataError, answer_of, evaluate, read_problems
 from qnext.text import Tokenizer
 
@@ -61,16 +61,6 @@ def test_stop_strings_end_before_their_first_occurrence(
     ):
         assert cut == text.partition(stop)[0]
         assert (finish == "stop") == (stop in text)
-
-
-def test_shared_prefix_is_prefilled_once(demo: tuple[qn.Params, Tokenizer]) -> None:
-    prompts = [[5, 6, 7, 8, 9], [5, 6, 7, 4], [5, 6, 7, 8]]
-    state, tokens, lengths = shared_prefix(demo[0], prompts, 3)
-    assert state.lengths.tolist() == [3, 3, 3]
-    assert tokens.tolist() == [[8, 9], [4, 0], [8, 0]]
-    assert lengths.tolist() == [2, 1, 1]
-    same, tokens, lengths = shared_prefix(demo[0], [[5, 6], [5, 6]], 3)
-    assert same.lengths.tolist() == [1, 1] and tokens.tolist() == [[6], [6]]
 
 
 def test_rows_do_not_depend_on_each_other(demo: tuple[qn.Params, Tokenizer]) -> None:

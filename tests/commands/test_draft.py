@@ -4,11 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
-import torch
-from torch import Tensor
 
 import qnext as qn
-from qnext import complete as module
 from qnext.acceptance import Acceptance, of_step
 from qnext.complete import Piece, complete
 from qnext.embedded import PROBLEMS
@@ -96,38 +93,6 @@ def test_rates_and_words() -> None:
     assert str(tally) == "accepted 0.75, 0.71, - by position; 2.56 tokens a step"
     assert Acceptance() + tally == tally == tally + Acceptance()
     assert tally + Acceptance(1, 2, (1,), (1,)) == Acceptance(10, 25, (9, 7, 0), (7, 5, 0))
-
-
-def test_tally_of_a_scripted_stream(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows, 2 guesses, 6 tokens at most: one ends with eos in a draft, one at the limit."""
-    _, tokenizer = demo
-    [end, *_] = tokenizer.eos_ids
-    a, b, c = tokenizer.encode("a b c")[:3]
-    script = [
-        [[a, b, c], [a, -1, -1]],  # both right; the first wrong
-        [[a, -1, -1], [a, b, -1]],
-        [[a, end, -1], [a, -1, -1]],  # eos at the first guess: the second is not judged
-        [[-1, -1, -1], [a, -1, -1]],  # room for 2: wrong, and the second is behind the limit
-        [[-1, -1, -1], [a, -1, -1]],  # room for 1: no guess is judged
-    ]
-
-    def scripted(*arguments: object) -> Iterator[tuple[Tensor, None]]:
-        stop, draft = arguments[-2:]
-        assert draft == 2 and callable(stop)
-        for block in script:
-            made = torch.tensor(block)
-            for column in made.unbind(1):
-                if (column >= 0).any():
-                    stop(column)
-            yield made, None
-
-    monkeypatch.setattr(module, "stream", scripted)
-    rows = whole(complete(*demo, [[5, 6], [5, 7]], 6, draft=2), 2)
-    assert [(row.tokens, row.finish) for row in rows] == [(6, "eos"), (6, "length")]
-    assert rows[0].acceptance == Acceptance(3, 6, (3, 2), (2, 1))
-    assert rows[1].acceptance == Acceptance(5, 6, (4, 3), (1, 0))
-    total = rows[0].acceptance + rows[1].acceptance
-    assert total.rates == (3 / 7, 1 / 5) and total.tokens_per_step == 12 / 8
 
 
 def test_without_guesses_a_step_is_a_token(demo: Demo) -> None:

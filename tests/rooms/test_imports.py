@@ -23,10 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "qnext.embedded": {"torch", "qnext.functional", "qnext.text"},
     "qnext.acceptance": set(),
     "qnext.complete": {
-        "torch",
-        "qnext.acceptance",
-        "qnext.errors",
-        "qnext.functional",
+        *("qnext.acceptance", "qnext.errors", "qnext.functional", "qnext.runtime"),
         "qnext.text",
     },
     "qnext.evaluate": {
