@@ -1,11 +1,13 @@
 """Decode tokens per second with 0 to 3 guesses ahead, and what a call with guesses costs.
 
-    python -m benchmarks.speculation [--rounds 5] [--problems 12] [--batch 1] [--json out.jsonl]
+    python -m benchmarks.speculation [--target cpu] [--rounds 5] [--problems 12] [--batch 1]
+        [--json out.jsonl]
 
-Eager functions on this machine. The demo answers its own unseen problems, greedily: real texts and
-real acceptance. A mid-sized model of random weights (`benchmarks.eager`), whose guesses are never
-right, shows what an iteration costs beside a plain step where weights, not calls, take the time:
-the tokens a step that a drafter must reach to gain anything. Rounds go through all widths in turn.
+The engine on this machine, on kernels or on the reference. The demo answers its own unseen
+problems, greedily: real texts and real acceptance. A mid-sized model of random weights
+(`benchmarks.eager`), whose guesses are never right, shows what an iteration costs beside a plain
+step where weights, not calls, take the time: the tokens a step that a drafter must reach to gain
+anything. Rounds go through all widths in turn.
 """
 
 import argparse
@@ -32,11 +34,12 @@ STEPS, PROMPT = 12, 64
 
 
 def answers(
-    params: qn.Params, prompts: Sequence[Sequence[int]], draft: int
+    params: qn.Params, prompts: Sequence[Sequence[int]], draft: int, target: str
 ) -> tuple[float, int, Acceptance]:
     """(seconds from the first piece of text to the last, tokens in between, acceptance)."""
     began, at_first, total, made = 0.0, 0, Acceptance(), [0] * len(prompts)
-    for piece in complete(params, qn.tokenizer(), prompts, 96, stops=STOPS, draft=draft):
+    given = (params, qn.tokenizer(), prompts, 96)
+    for piece in complete(*given, stops=STOPS, draft=draft, target=target):
         made[piece.row] = piece.tokens
         if not began:  # prompts are consumed
             began, at_first = time.perf_counter(), sum(made)
@@ -45,8 +48,9 @@ def answers(
     return time.perf_counter() - began, sum(made) - at_first, total
 
 
-def iteration(params: qn.Params, draft: int, batch: int) -> float:
+def iteration(params: qn.Params, draft: int, batch: int, target: str) -> float:
     """Seconds of one call: a plain step, or a whole speculative iteration."""
+    step = qn.jit(qn.speculate if draft else qn.advance, donate="state", target=target)
     generator = torch.Generator().manual_seed(5)
     prompt = torch.randint(0, params.config.vocab_size, (batch, PROMPT), generator=generator)
     state = qn.init_state(params.config, batch, PROMPT + (STEPS + 1) * 4, draft=draft)
@@ -57,16 +61,17 @@ def iteration(params: qn.Params, draft: int, batch: int) -> float:
         for _ in range(STEPS + 1):
             began = time.perf_counter()
             if draft:
-                drawn, count, state = qn.speculate(params, state, tokens, draft)
+                drawn, count, state = step(params, state, tokens, draft)
                 tokens = qn.newest(drawn, count)
             else:
-                tokens, state = qn.advance(params, state, tokens)
+                tokens, state = step(params, state, tokens)
             taken.append(time.perf_counter() - began)
     return statistics.median(taken[1:])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=("cpu", "reference"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--problems", type=int, default=12)
     parser.add_argument("--batch", type=int, default=1, help="problems, or rows, at a time")
@@ -85,10 +90,11 @@ def main() -> None:
     acceptance = {}
     for number in tqdm(range(args.rounds + 1), desc="rounds"):
         for draft in DRAFTS:
-            parts = [answers(demo, group, draft) for group in groups]
+            parts = [answers(demo, group, draft, args.target) for group in groups]
             acceptance[draft] = sum((part[2] for part in parts), Acceptance())
             one = {
-                name: iteration(p, draft, args.batch) for name, p in (("demo", demo), ("mid", mid))
+                name: iteration(p, draft, args.batch, args.target)
+                for name, p in (("demo", demo), ("mid", mid))
             }
             if number:  # the first round warms up
                 speeds[draft].append(sum(p[1] for p in parts) / sum(p[0] for p in parts))
@@ -107,8 +113,12 @@ def summary(
     calls: dict[str, dict[int, list[float]]],
     acceptance: dict[int, Acceptance],
 ) -> dict[str, Any]:
-    """Medians of all rounds, and their ratios to no guesses."""
+    """Medians of all rounds, and of each round's ratios to no guesses."""
     middle = {draft: statistics.median(values) for draft, values in speeds.items()}
+    gains = {
+        draft: statistics.median(a / b for a, b in zip(values, speeds[0], strict=True))
+        for draft, values in speeds.items()
+    }
     seconds = {
         name: {draft: statistics.median(values) for draft, values in each.items()}
         for name, each in calls.items()
@@ -116,6 +126,7 @@ def summary(
     return {
         "benchmark": "speculation",
         **where_measured(),
+        "target": args.target,
         "batch": args.batch,
         "problems": args.problems,
         "rounds": args.rounds,
@@ -125,7 +136,7 @@ def summary(
                 "acceptance": acceptance[draft].rates,
                 "tokens_per_step": acceptance[draft].tokens_per_step,
                 "tokens_per_second": middle[draft],
-                "gain": middle[draft] / middle[0],
+                "gain": gains[draft],
                 "demo_call": seconds["demo"][draft] / seconds["demo"][0],
                 "mid_call": seconds["mid"][draft] / seconds["mid"][0],
             }

@@ -20,7 +20,7 @@ from qnext.lowering.compiled import Compiled
 from qnext.lowering.cpu import build
 from qnext.lowering.cpu.small import MOST, NAMES
 from qnext.lowering.graph import site_name, sites
-from qnext.runtime.steps import consume, guess, score
+from qnext.runtime.steps import consume, draw_ahead, draw_next, guess, score
 from tests.sequences import BATCH, VOCAB, model, started, words
 
 pytestmark = pytest.mark.skipif(not build.compiler_here(), reason="no compiler for the kernels")
@@ -104,6 +104,7 @@ CASES: dict[str, Case] = {
     "add with a factor": (lambda a, b: torch.add(a, b, alpha=128), (whole(3, 1), whole(3, 7))),
     "sub with a factor": (lambda a, b: torch.sub(a, b, alpha=-5), (whole(3, 1), whole(7))),
     "clamp": (lambda x: (x.clamp(min=0), x.clamp(-3, 5), x.clamp(max=2)), (whole(3, 7),)),
+    "not": (lambda c, x: (~c, c.logical_not(), x.logical_not()), (whole(3) > 0, whole(3, 7))),
     "where a number": (
         lambda c, x: (x.where(c, 0), torch.where(c, x, -1), torch.where(c, 5, x)),
         (whole(3, 7) > 0, whole(3, 1, dtype=I64)),
@@ -194,6 +195,7 @@ def test_a_donated_pool_is_written_where_it_is() -> None:
 DECLINED: dict[str, Case] = {
     "floats": (lambda a, b: a[:, :1] - b, (real(3, 7), real(3, 7, seed=1))),
     "more than a few": (lambda x: x * 3, (whole(MOST + 1, low=0),)),
+    "bits": (lambda x: ~x, (whole(5),)),
     "a quotient of floats": (lambda x: x / 3, (whole(5),)),
     "a real number": (lambda x: x * 1.5, (whole(5),)),
     "a choice of floats": (lambda c, x: x.where(c, 0.5), (whole(3, 7) > 0, real(3, 7))),
@@ -267,6 +269,8 @@ def test_the_engines_steps_are_one_program_each() -> None:
         score: (params, plain, words(7), counts),
         guess: (params, drafted, tokens, 2, None),
         verify_line: (params, drafted, words(3)),
+        draw_next: (params, plain, tokens),
+        draw_ahead: (params, drafted, tokens, 2, words(4)),
         qn.commit: (qn.verify(params, drafted, words(3))[1], counts),
     }
     for function, given in steps.items():

@@ -83,6 +83,18 @@ def _compute(operation: str, *, a: Tensor, b: Any, alpha: int) -> Tensor:
     return made
 
 
+def _not(node: Node) -> Match | None:
+    given = _operands(node, 1)
+    if given is None or not _is_little(node) or value(node).dtype != torch.bool:
+        return None
+    return Match({"x": given[0]}, (node,)) if _is_whole(given[0]) else None
+
+
+def _negated(*, x: Tensor) -> Tensor:
+    made: Tensor = OPS["compute"](a=x, b=_constant(0, x.dtype), operation="eq")
+    return made
+
+
 def _clamp(node: Node) -> Match | None:
     x, low, high = (*node.args, None, None)[:3]
     bounds = all(bound is None or type(bound) is int for bound in (low, high))
@@ -290,6 +302,8 @@ def _rule(
 SMALL_RULES = (
     *(_rule("compute", site, partial(_compute, ours), _binary) for site, ours in NAMES.items()),
     _rule("compute", "clamp", _clamped, _clamp),
+    _rule("compute", "bitwise_not", _negated, _not),
+    _rule("compute", "logical_not", _negated, _not),
     _rule("choose", "where", _chosen, _where),
     _rule("convert", "to", OPS["convert"], _to),
     _rule("add_up", "sum", OPS["add_up"], _sum),

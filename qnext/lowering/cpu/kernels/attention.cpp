@@ -110,25 +110,32 @@ static void give_weights(Answer& answer, float* p) {
   answer.peak = peak, answer.total = answer.total * answer.before + total;
 }
 
-// sum[a] = before[a] * sum[a] + p[a][i] * value(i) over the keys that answer a has seen, in their
+// The values of one head in a page.
+template <class P> struct Values {
+  const P* first;
+  int64_t apart;
+  const P* operator[](int64_t i) const { return first + i * apart; }
+};
+
+// sum[a] = before[a] * sum[a] + p[a][i] * value[i] over the keys that answer a has seen, in their
 // order, for N answers and V vectors of the head from the k-th number on. Sums stay in registers
 // for the keys that all N have seen.
-template <int N, int V, class Value>
-inline void add_values(const Answer* answers, const float* p, int64_t page, Value value, float* sum,
+template <int N, int V, class P>
+inline void add_values(const Answer* answers, const float* p, int64_t page, Values<P> value, float* sum,
                        int64_t hd, int64_t k) {
   Floats sums[N][V];
   int64_t common = answers[0].seen;
+  sum += k;
 #pragma GCC unroll 16
   for (int a = 0; a < N; a++) {
     common = std::min(common, answers[a].seen);
 #pragma GCC unroll 16
-    for (int v = 0; v < V; v++)
-      sums[a][v] = load(sum + a * hd + k + v * LANES) * answers[a].before;
+    for (int v = 0; v < V; v++) sums[a][v] = load(sum + a * hd + v * LANES) * answers[a].before;
   }
   for (int64_t i = 0; i < common; i++) {
     Floats values[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; v++) hold(values[v] = load(value(i) + k + v * LANES));
+    for (int v = 0; v < V; v++) hold(values[v] = load(value[i] + k + v * LANES));
 #pragma GCC unroll 16
     for (int a = 0; a < N; a++)
 #pragma GCC unroll 16
@@ -137,16 +144,18 @@ inline void add_values(const Answer* answers, const float* p, int64_t page, Valu
 #pragma GCC unroll 16
   for (int a = 0; a < N; a++)
 #pragma GCC unroll 16
-    for (int v = 0; v < V; v++) {
-      for (int64_t i = common; i < answers[a].seen; i++)
-        sums[a][v] = fused(splat(p[a * page + i]), load(value(i) + k + v * LANES), sums[a][v]);
-      store(sum + a * hd + k + v * LANES, sums[a][v]);
-    }
+    for (int v = 0; v < V; v++) store(sum + a * hd + v * LANES, sums[a][v]);
+  for (int a = 0; a < N; a++)
+    for (int64_t i = common; i < answers[a].seen; i++)
+      for (int v = 0; v < V; v++) {
+        float* at = sum + a * hd + v * LANES;
+        store(at, fused(splat(p[a * page + i]), load(value[i] + k + v * LANES), load(at)));
+      }
 }
 
 // The same for all numbers of a head, from the k-th on: V vectors at a time, then fewer.
-template <int N, int V, class Value>
-inline void add_heads(const Answer* answers, const float* p, int64_t page, Value value, float* sum,
+template <int N, int V, class P>
+inline void add_heads(const Answer* answers, const float* p, int64_t page, Values<P> value, float* sum,
                       int64_t hd, int64_t k = 0) {
   for (; k + V * LANES <= hd; k += V * LANES) add_values<N, V>(answers, p, page, value, sum, hd, k);
   if constexpr (V > 1) {
@@ -156,16 +165,16 @@ inline void add_heads(const Answer* answers, const float* p, int64_t page, Value
       for (int a = 0; a < N; a++) {
         float total = sum[a * hd + k] * answers[a].before;
         for (int64_t i = 0; i < answers[a].seen; i++)
-          total = fused(p[a * page + i], wide(value(i)[k]), total);
+          total = fused(p[a * page + i], wide(value[i][k]), total);
         sum[a * hd + k] = total;
       }
   }
 }
 
 // The same for all of n answers, as many at a time as fill the registers with their sums.
-template <int N, class Value>
-inline void add_all(const Answer* answers, const float* p, int64_t page, Value value, float* sum,
-                    int64_t hd, int64_t n) {
+template <int N, class P>
+[[gnu::noinline]] void add_all(const Answer* answers, const float* p, int64_t page, Values<P> value,
+                               float* sum, int64_t hd, int64_t n) {
   constexpr int vectors = SUMS / N < 4 ? SUMS / N : 4;
   int64_t a = 0;
   for (; a + N <= n; a += N)
@@ -200,7 +209,7 @@ static void attend(const Call& c, int64_t b, int64_t key_head, Span tokens) {
           [&](int64_t j) { return scaled.data() + j * hd; },
           [&](int64_t j, const float* sums) { std::copy_n(sums, rows, &scores[j * page + part]); });
     }
-    auto value = [&](int64_t i) { return values.at<P>(number, i, key_head); };
+    Values<P> value{values.at<P>(number, 0, key_head), values.stride[1]};
     for (int64_t a = 0; a < n; a++) {
       answers[a].seen = std::max<int64_t>(std::min(count, answers[a].sees - first), 0);
       give_weights(answers[a], &scores[a * page]);

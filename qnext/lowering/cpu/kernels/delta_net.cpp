@@ -109,8 +109,9 @@ template <class T> struct Rows {
 // read. What is read, s . k of each, is all that a row's write waits for: rows are read together,
 // then written and asked together.
 template <int N>
-static inline void rule_step(Rows<float> from, Rows<float> to, int64_t i, const float* k, const float* q,
-                             int64_t n, float decay, float beta, const float* v, float* out) {
+[[gnu::noinline]] void rule_step(Rows<float> from, Rows<float> to, int64_t i, const float* k,
+                                 const float* q, int64_t n, float decay, float beta, const float* v,
+                                 float* out) {
   const float *keys[1] = {k}, *rows[N];
   float read[N][1], write[N];
   for (int r = 0; r < N; r++) rows[r] = from[i + r];

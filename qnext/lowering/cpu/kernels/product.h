@@ -30,33 +30,10 @@ template <class W, class X> struct Block {  // of tokens
   int64_t count;
 };
 
-// The sums of R rows `apart` from the i-th on, and T tokens from the j-th on.
-template <int R, int T, class W, class X>
-inline void one_tile(const W* const* w, Block<W, X>& x, int64_t n, int64_t i, int64_t apart, int64_t j) {
-  typename Product<W>::type out[R][T];
-  if constexpr (sizeof(W) == 1) {
-    int8_dots<R, T>(w, x.token + j, n, out);
-  } else {
-    dots<R, T>(w, x.token + j, n, out);
-  }
-  for (int t = 0; t < T; t++)
-    for (int r = 0; r < R; r++) {
-      if constexpr (sizeof(W) == 1) out[r][t] -= x.excess[j + t];
-      x.sums[j + t][i + r * apart] = out[r][t];
-    }
-}
-
-// All tokens of a block against R rows of weights, which stay in the nearest cache.
-template <int R, class W, class X, class Row>
-inline void against(Row row, Block<W, X>& x, int64_t n, int64_t i, int64_t apart) {
-  const W* w[R];
-  for (int r = 0; r < R; r++) w[r] = row(i + r * apart);
-  int64_t j = 0;
-  for (; j + TILE_TOKENS <= x.count; j += TILE_TOKENS)
-    one_tile<R, TILE_TOKENS>(w, x, n, i, apart, j);
-  for (; j + 2 <= x.count; j += 2) one_tile<R, 2>(w, x, n, i, apart, j);
-  for (; j < x.count; j++) one_tile<R, 1>(w, x, n, i, apart, j);
-}
+// x.sums[j][i + r apart] = w[r] . x.token[j], for R rows and all tokens of a block; the rows stay in
+// the nearest cache. Compiled once, in product.cpp, as it is most of what there is to compile.
+template <int R, class W, class X>
+void against(const W* const* w, Block<W, X>& x, int64_t n, int64_t i, int64_t apart);
 
 // Calls take(j, sums) for tokens 0 .. count, with sums[i] = row(i) . token(j) for up to ROW_BLOCK
 // rows of n elements. A tile's rows are a quarter of them apart, so that over time each is one long
@@ -70,8 +47,15 @@ void product(int64_t rows, int64_t count, int64_t n, Row row, Token token, Take 
     x.count = count - first < TOKEN_BLOCK ? count - first : TOKEN_BLOCK;
     for (int64_t j = 0; j < x.count; j++)
       x.token[j] = token(first + j), x.excess[j] = excess_of(x.token[j], n);
-    for (int64_t i = 0; i < apart; i++) against<TILE_ROWS>(row, x, n, i, apart);
-    for (int64_t i = apart * TILE_ROWS; i < rows; i++) against<1>(row, x, n, i, 0);
+    for (int64_t i = 0; i < apart; i++) {
+      const W* some[TILE_ROWS];
+      for (int r = 0; r < TILE_ROWS; r++) some[r] = row(i + r * apart);
+      against<TILE_ROWS>(some, x, n, i, apart);
+    }
+    for (int64_t i = apart * TILE_ROWS; i < rows; i++) {
+      const W* one[1] = {row(i)};
+      against<1>(one, x, n, i, 0);
+    }
     for (int64_t j = 0; j < x.count; j++) take(first + j, x.sums[j]);
   }
 }
