@@ -80,17 +80,28 @@ inline void hold([[maybe_unused]] Floats& v) {
 #endif
 }
 
-// Sums of adjacent pairs: those of a, then those of b.
-template <class V, int... I> inline V pairs(V a, V b, std::integer_sequence<int, I...>) {
+// Lanes i of `even` and `odd`, of the 2 L lanes of two vectors, added: see `pairs`.
+template <int N, int L> constexpr int even(int i) {
+  constexpr int part = N <= 4 ? 1 : 4, group = N <= 4 ? 4 : L;  // lanes that move together, and within
+  int inside = i % group, which = inside / part;
+  int from = which < group / part / 2 ? 0 : L, at = which % (group / part / 2);
+  return from + i - inside + 2 * at * part + inside % part;
+}
+template <int N, int L> constexpr int odd(int i) { return even<N, L>(i) + (N <= 4 ? 1 : 4); }
+
+// Sums of pairs of neighbours of a, then those of b: of lanes within each four, where sums of N <= 4
+// vectors are made, then of fours. So shuffles stay within 128 bits for as long as they can.
+template <int N, class V, int... I> inline V pairs(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int L = sizeof(V) / 4;
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+  return __builtin_shufflevector(a, b, even<N, L>(I)...) + __builtin_shufflevector(a, b, odd<N, L>(I)...);
 #else
   typedef int32_t Places __attribute__((vector_size(sizeof(V))));
-  return __builtin_shuffle(a, b, Places{(2 * I)...}) + __builtin_shuffle(a, b, Places{(2 * I + 1)...});
+  return __builtin_shuffle(a, b, Places{even<N, L>(I)...}) + __builtin_shuffle(a, b, Places{odd<N, L>(I)...});
 #endif
 }
-template <class V> inline V pairs(V a, V b) {
-  return pairs(a, b, std::make_integer_sequence<int, sizeof(V) / 4>());
+template <int N, class V> inline V pairs(V a, V b) {
+  return pairs<N>(a, b, std::make_integer_sequence<int, sizeof(V) / 4>());
 }
 
 // Lane i of the result is the sum of v[i], of as many vectors as a vector has lanes.
@@ -98,7 +109,16 @@ template <int N, class V> inline V transposed_sum(const V* v) {
   if constexpr (N == 1) {
     return v[0];
   } else {
-    return pairs(transposed_sum<N / 2>(v), transposed_sum<N / 2>(v + N / 2));
+    return pairs<N>(transposed_sum<N / 2>(v), transposed_sum<N / 2>(v + N / 2));
+  }
+}
+
+// The sums of fewer vectors than a vector has lanes, in its first lanes.
+template <int N, class V> inline V summed(V sums) {
+  if constexpr (N < int(sizeof(V) / 4)) {
+    return summed<2 * N>(pairs<2 * N>(sums, sums));
+  } else {
+    return sums;
   }
 }
 
@@ -107,8 +127,7 @@ template <int N, class V, class E> inline void sum_each(const V* v, E* out) {
   static_assert((N & (N - 1)) == 0, "a power of 2");
   constexpr int lanes = sizeof(V) / 4, together = N < lanes ? N : lanes;
   for (int i = 0; i < N; i += together) {
-    V sums = transposed_sum<together>(v + i);
-    for (int n = together; n < lanes; n *= 2) sums = pairs(sums, sums);
+    V sums = summed<together>(transposed_sum<together>(v + i));
     std::memcpy(out + i, &sums, together * sizeof(E));
   }
 }
