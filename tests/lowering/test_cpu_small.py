@@ -18,7 +18,7 @@ from qnext.functional.speculate import verify_line
 from qnext.functional.tree import leaves, map_leaves
 from qnext.lowering.compiled import Compiled
 from qnext.lowering.cpu import build
-from qnext.lowering.cpu.small import MOST, NAMES
+from qnext.lowering.cpu.small import DIVISIONS, MOST, NAMES
 from qnext.lowering.graph import site_name, sites
 from qnext.runtime.steps import consume, draw_ahead, draw_next, guess, score
 from tests.sequences import BATCH, VOCAB, model, started, words
@@ -76,8 +76,12 @@ PAIRS = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_operations_on_pairs(name: str) -> None:
-    """Quotients and remainders are rounded down, as torch rounds them, for negative numbers too."""
+    """Quotients are torch's own where they are not by a number: it knows what is none."""
     for a, b in PAIRS.values():
+        if name in DIVISIONS:
+            b = torch.tensor(3)
+            assert by_torch(lower(lambda a, b: operate(name, a, b), (a, b))) == [name]
+            continue
         if name in LOGICAL:
             a, b = a > 0, b > 4
         step = lower(lambda a, b: operate(name, a, b), (a, b))
@@ -88,6 +92,7 @@ def test_operations_on_pairs(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["floor_divide", "remainder", "add", "sub", "mul", "lt", "eq"])
 def test_operations_with_a_number(name: str) -> None:
+    """Quotients and remainders are rounded down, as torch rounds them, for negative numbers too."""
     for number in (3, -3, 1 << 20):
         for x in (whole(5, 3), whole(5, 3, dtype=I64) * (1 << 33)):
             step = lower(lambda x, n=number: operate(name, x, n), (x,))
@@ -197,6 +202,9 @@ DECLINED: dict[str, Case] = {
     "more than a few": (lambda x: x * 3, (whole(MOST + 1, low=0),)),
     "bits": (lambda x: ~x, (whole(5),)),
     "a quotient of floats": (lambda x: x / 3, (whole(5),)),
+    "a bool as a number": (lambda c: (c * 3) + (c == 2), (whole(5) > 0,)),
+    "a number of 64 bits": (lambda x: x < (1 << 40), (whole(5),)),
+    "a quotient by -1": (lambda x: x // -1, (whole(5),)),
     "a real number": (lambda x: x * 1.5, (whole(5),)),
     "a choice of floats": (lambda c, x: x.where(c, 0.5), (whole(3, 7) > 0, real(3, 7))),
     "a sum of floats": (lambda x: x.sum(1), (real(3, 7),)),

@@ -21,13 +21,18 @@ WHOLE = (torch.int32, torch.int64, torch.bool)
 FLOATS = (torch.float32, torch.bfloat16)
 MOST = 1 << 14  # numbers that are computed one by one; torch is faster with more
 # torch's operations on two operands, by ours
-NAMES = {"bitwise_and": "and", "logical_and": "and", "__and__": "and"} | {
+NAMES = {
+    "bitwise_and": "and",
+    "logical_and": "and",
+    "__and__": "and",
     "bitwise_or": "or",
     "logical_or": "or",
     "__or__": "or",
     **{name: name for name in ("add", "sub", "mul", "floor_divide", "remainder")},
     **{name: name for name in ("minimum", "maximum", "lt", "le", "gt", "ge", "eq", "ne")},
 }
+
+DIVISIONS = ("floor_divide", "remainder")
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -45,6 +50,14 @@ def _is_whole(part: Any) -> bool:
     """Whether an operand is of integers or bools, or an integer."""
     made = _tensor(part)
     return made.dtype in WHOLE if made is not None else type(part) is int
+
+
+def _holds(like: Tensor, number: Any) -> bool:
+    """Whether a dtype has a number, so that it can stand beside such a tensor as one."""
+    if like.dtype == torch.bool:
+        return False
+    limits = torch.iinfo(like.dtype)
+    return bool(limits.min <= number <= limits.max)
 
 
 def _operands(node: Node, count: int, *keywords: str) -> tuple[Any, ...] | None:
@@ -69,9 +82,13 @@ def _binary(node: Node) -> Match | None:
     given = _operands(node, 2, "alpha")
     if given is None or not _is_little(node):
         return None
-    a, b = given
-    if _tensor(a) is None or not (_is_whole(a) and _is_whole(b)):
+    (a, b), first = given, _tensor(given[0])
+    if first is None or not (_is_whole(a) and _is_whole(b)):
         return None
+    if not isinstance(b, Node) and not _holds(first, b):
+        return None
+    if site_name(node) in DIVISIONS and (isinstance(b, Node) or b in (0, -1)):
+        return None  # what has no quotient is torch's to refuse
     return Match({"a": a, "b": b, "alpha": node.kwargs.get("alpha", 1)}, (node,))
 
 
@@ -97,8 +114,10 @@ def _negated(*, x: Tensor) -> Tensor:
 
 def _clamp(node: Node) -> Match | None:
     x, low, high = (*node.args, None, None)[:3]
-    bounds = all(bound is None or type(bound) is int for bound in (low, high))
-    if node.kwargs or not bounds or not _is_little(node) or not _is_whole(x):
+    made, bounds = _tensor(x), [bound for bound in (low, high) if bound is not None]
+    if node.kwargs or made is None or not (_is_little(node) and all(map(_is_whole, bounds))):
+        return None
+    if any(isinstance(bound, Node) or not _holds(made, bound) for bound in bounds):
         return None
     return Match({"x": x, "low": low, "high": high}, (node,))
 
