@@ -69,6 +69,7 @@ def test_rows_do_not_depend_on_each_other(demo: tuple[qn.Params, Tokenizer]) -> 
     assert together == [texts(demo, [prompt], 24)[0] for prompt in prompts]
 
 
+@pytest.mark.slow
 def test_ids_beyond_the_tokenizer_have_no_text(demo: tuple[qn.Params, Tokenizer]) -> None:
     """Published vocabularies are padded: a model may draw ids that its tokenizer does not know."""
     params, tokenizer = demo

@@ -58,12 +58,14 @@ def test_max_new_tokens_may_end_anywhere_in_a_draft(demo: Demo, new: int) -> Non
         assert said(whole(complete(*demo, chats(demo), new, draft=draft), 3)) == said(plain)
 
 
+@pytest.mark.slow
 def test_sampled_text_is_the_same(demo: Demo) -> None:
     warm = qn.Sampling(temperature=0.9, top_p=0.9, seed=3)
     plain = whole(complete(*demo, chats(demo), 24, warm), 3)
     assert said(whole(complete(*demo, chats(demo), 24, warm, draft=2), 3)) == said(plain)
 
 
+@pytest.mark.slow
 def test_a_shared_prefix_is_followed_by_the_module_too(demo: Demo) -> None:
     """The shots are prefilled once, by the MTP module as well: its guesses are as good as alone."""
     problems = read_problems(PROBLEMS)[:4]
