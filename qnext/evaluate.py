@@ -128,18 +128,17 @@ def evaluate(
     began = time.monotonic()
     answers = [Piece(row, "", 0, None) for row in range(len(prompts))]
     hidden = None if progress is None else not progress
-    right = done = 0
+    judged: dict[int, dict[str, Any]] = {}
     with tqdm(total=len(prompts), desc="eval", unit="problem", disable=hidden) as bar:
         for piece in pieces:
             whole = piece._replace(text=answers[piece.row].text + piece.text)
             answers[piece.row] = whole
             if piece.finish:
-                done += 1
-                right += _judged(chosen[piece.row], whole)["right"]
+                judged[piece.row] = _judged(chosen[piece.row], whole)
                 bar.update()
-                bar.set_postfix(accuracy=f"{right / done:.3f}")
+                bar.set_postfix(accuracy=f"{_share(list(judged.values()), 'right'):.3f}")
     seconds = time.monotonic() - began
-    results = list(map(_judged, chosen, answers))
+    results = [judged[row] for row in range(len(prompts))]
     output = sum(row["tokens"] for row in results)
     return Report(
         accuracy=_share(results, "right"),

@@ -16,17 +16,17 @@ from qnext.functional.ops import PRIMITIVES
 from qnext.functional.ops.quant import OVER, RECIPROCAL, TIMES
 from qnext.lowering.calls import CALLS, Call, call_of, register
 from qnext.lowering.cpu.between import BETWEEN, OPERATIONS
-from qnext.lowering.cpu.library import KINDS, Instruction, Operand, Program, load
+from qnext.lowering.cpu.library import KINDS, Instruction, Operand, Program, load, short
 
 PREFIX = "cpu_"
-INDEX, BOOL, WHOLE, ANY = "index", "bool", "whole", "any"
+INDEX, BOOL = "index", "bool"
 # numbers for words: as kernels/quantize.h, small.cpp and kernel.h have them
 CODES: dict[Any, int] = {
     TIMES: 0,
     OVER: 1,
     RECIPROCAL: 2,
     **{name: code for code, name in enumerate(OPERATIONS)},
-    **{str(dtype).removeprefix("torch."): kind for dtype, kind in KINDS.items()},
+    **{short(dtype): kind for dtype, kind in KINDS.items()},
 }
 
 

@@ -8,6 +8,7 @@ from threading import Lock
 from typing import NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
 
 from qnext.errors import InputError, TargetError
 from qnext.lowering.cpu import build
@@ -22,9 +23,20 @@ KINDS = {
     torch.int64: 4,
     torch.bool: 5,
 }
+FLOATS = (torch.float32, torch.bfloat16)
 OPENMP = ("libgomp*.so*", "libomp*.so*", "libomp*.dylib")
 Library: TypeAlias = ctypes.CDLL
 _Axes = ctypes.c_int64 * MAX_DIMS
+
+
+def short(dtype: torch.dtype) -> str:
+    """A dtype's name, as kernels' types have it: `int64`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def is_readable(made: object) -> bool:
+    """Whether something is a tensor that kernels can be given."""
+    return isinstance(made, Tensor) and made.dtype in KINDS and made.ndim <= MAX_DIMS
 
 
 class _Tensor(ctypes.Structure):

@@ -17,7 +17,7 @@ from qnext.errors import LoweringError
 from qnext.lowering.calls import call_of
 from qnext.lowering.constants import FREE, PACKED
 from qnext.lowering.cpu.calls import KERNELS, OPS, in_order, kernel_of, numbers
-from qnext.lowering.cpu.library import KINDS, MAX_DIMS, Instruction, Operand, Program, load
+from qnext.lowering.cpu.library import Instruction, Operand, Program, is_readable, load
 from qnext.lowering.graph import argument_of, arguments, is_view, storage_of, tensors, value
 
 ALIGNMENT = 64  # bytes: a cache line
@@ -38,15 +38,11 @@ def fuse(module: GraphModule, weights: Collection[str], isa: str) -> None:
 def _take_over(graph: Graph) -> None:
     """What donation added are kernels too: copies of pools, and values carried back to them."""
     for node in graph.nodes:
-        found, fits = call_of(node), node.op == "call_function" and _fits(value(node))
+        found, fits = call_of(node), node.op == "call_function" and is_readable(value(node))
         if fits and found and found.name == "write_back":
             node.target = OPS["write_back"]
         elif fits and node.target is torch.ops.aten.clone.default and len(node.args) == 1:
             node.target, node.args, node.kwargs = OPS["copy"], (), {"x": node.args[0]}
-
-
-def _fits(made: Any) -> bool:
-    return isinstance(made, Tensor) and made.dtype in KINDS and made.ndim <= MAX_DIMS
 
 
 def _is_fixed(node: Node, weights: Collection[str]) -> bool:

@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from qnext.lowering.cpu.calls import OPS
-from qnext.lowering.cpu.library import KINDS, MAX_DIMS
+from qnext.lowering.cpu.library import FLOATS, is_readable, short
 from qnext.lowering.graph import is_view, site_name, value
 from qnext.lowering.rules import Match, Rule
 
 WHOLE = (torch.int32, torch.int64, torch.bool)
-FLOATS = (torch.float32, torch.bfloat16)
 MOST = 1 << 14  # numbers that are computed one by one; torch is faster with more
 # torch's operations on two operands, by ours
 NAMES = {
@@ -31,19 +30,13 @@ NAMES = {
     **{name: name for name in ("add", "sub", "mul", "floor_divide", "remainder")},
     **{name: name for name in ("minimum", "maximum", "lt", "le", "gt", "ge", "eq", "ne")},
 }
-
 DIVISIONS = ("floor_divide", "remainder")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _tensor(part: Any) -> Tensor | None:
     """The fake value of a node that is a tensor which kernels can read."""
     made = value(part) if isinstance(part, Node) else None
-    fits = isinstance(made, Tensor) and made.dtype in KINDS and made.ndim <= MAX_DIMS
-    return made if fits else None
+    return made if is_readable(made) else None
 
 
 def _is_whole(part: Any) -> bool:
@@ -152,7 +145,7 @@ def _to(node: Node) -> Match | None:
         return None
     if not _is_whole(given[0]):
         return None
-    return Match({"x": given[0], "dtype": _short(value(node).dtype)}, (node,))
+    return Match({"x": given[0], "dtype": short(value(node).dtype)}, (node,))
 
 
 def _sum(node: Node) -> Match | None:
@@ -171,7 +164,7 @@ def _added(node: Node, x: Any, axis: int, running: bool) -> Match | None:
     summed = _tensor(x)
     if summed is None or not (_is_little(node) and _is_whole(x)) or summed.numel() > MOST:
         return None
-    how = {"axis": axis % summed.ndim, "running": running, "dtype": _short(value(node).dtype)}
+    how = {"axis": axis % summed.ndim, "running": running, "dtype": short(value(node).dtype)}
     return Match({"x": x, **how}, (node,))
 
 

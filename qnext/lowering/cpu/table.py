@@ -8,19 +8,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from qnext.lowering.cpu.calls import BETWEEN, BOOL, INDEX, KERNELS, OPS
-from qnext.lowering.cpu.library import MAX_DIMS
+from qnext.lowering.cpu.library import FLOATS, MAX_DIMS, short
 from qnext.lowering.cpu.small import SMALL_RULES
 from qnext.lowering.graph import site_name, value
 from qnext.lowering.rules import Match, Rule
 from qnext.lowering.target import Target
 
-FLOATS = (torch.float32, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
 LONGEST_INT8 = 1 << 16  # products of unsigned by signed bytes that 32 bits hold
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _misfit(types: Mapping[str, str], given: Mapping[str, Any]) -> str | None:
@@ -34,11 +29,11 @@ def _misfit(types: Mapping[str, str], given: Mapping[str, Any]) -> str | None:
             wanted, good = "float32 or bfloat16", tensor.dtype in FLOATS
             first, dtype = letters.setdefault(types[name], (name, tensor.dtype))
             if good and dtype != tensor.dtype:
-                return f"{name} is {_short(tensor.dtype)}, {first} {_short(dtype)}"
+                return f"{name} is {short(tensor.dtype)}, {first} {short(dtype)}"
         else:
-            good = _short(tensor.dtype) == wanted
+            good = short(tensor.dtype) == wanted
         if not good:
-            return f"{name} is {_short(tensor.dtype)}, the kernel takes {wanted}"
+            return f"{name} is {short(tensor.dtype)}, the kernel takes {wanted}"
         if tensor.ndim > MAX_DIMS:
             return f"{name} has {tensor.ndim} axes, the kernel takes {MAX_DIMS}"
         if types[name] not in (INDEX, BOOL) and _is_scattered(tensor):
