@@ -55,6 +55,7 @@ STANDARD = {
     "qnext.functional": {"collections", "dataclasses", "functools", "inspect", "math", "typing"},
     "qnext.functional.config": {"hashlib", "json", "pathlib"},
     "qnext.functional.checkpoint": {"concurrent", "contextlib", "json", "os", "pathlib", "zlib"},
+    "qnext.functional.checkpoint.mapped": {"ctypes", "errno", "io", "mmap", "sys"},
     "qnext.functional.quantize": {"re"},
     "qnext.functional.scheme": {"re"},
 }

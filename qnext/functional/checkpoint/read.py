@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +13,14 @@ from tqdm import tqdm
 
 from qnext.errors import CheckpointError, InputError
 from qnext.functional.checkpoint.formats import announced
+from qnext.functional.checkpoint.mapped import Run, map_leaf, mappable
 from qnext.functional.checkpoint.plan import Part, offset_of, plan, scale_of
 from qnext.functional.checkpoint.shards import FLOATS, Stored, inventory, refusal
 from qnext.functional.checkpoint.stream import Reader, rows_at_once
 from qnext.functional.config import Config
 from qnext.functional.layout import Piece
 from qnext.functional.params import Params, empty_params, quantized_specs
-from qnext.functional.tree import leaves_with_paths, map_leaves
+from qnext.functional.tree import leaves_with_paths, rebuild
 
 READERS = 4  # leaves read side by side: a disk answers several questions sooner than one
 
@@ -28,46 +30,57 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     *,
+    mapped: bool = True,
     check_finite: bool = False,
     progress: bool | None = None,
 ) -> Params:
     """Params of a Hugging Face checkpoint directory (config.json and *.safetensors).
 
     Int8 matrices, as compressed-tensors (`int-quantized`) or ModelSlim (W8A8_DYNAMIC) store them,
-    become `Quantized` leaves. Rows are read where they belong, so that peak memory stays near the
-    model's size. `dtype` converts floating tensors (default: as stored; `A_log`, `dt_bias` and
-    scales stay float32); `check_finite` also refuses NaN and infinity; `progress` shows a bar
-    (default: on a terminal). Raises ConfigError for the config, CheckpointError listing everything
-    else that is wrong.
+    become `Quantized` leaves. Large leaves stored as they are needed are, for the CPU on Linux,
+    pages of the files (copy on write), which nobody may change in place while the params live;
+    `mapped=False` reads them instead. The rest is read where it belongs, row by row, so that peak
+    memory stays near the model's size. `dtype` converts floating tensors (default: as stored;
+    `A_log`, `dt_bias` and scales stay float32); `check_finite` reads all and also refuses NaN and
+    infinity; `progress` shows a bar (default: on a terminal). Raises ConfigError for the config,
+    CheckpointError listing everything else that is wrong.
     """
-    path = Path(path)
+    path, device = Path(path), torch.device(device or "cpu")
     if dtype is not None and dtype not in FLOATS.values():
         raise InputError(f"dtype must be one of {[*FLOATS.values()]}, got {dtype}")
     config, stored, parts = examine(path, dtype)
     params = quantized_specs(empty_params(config, "meta"), {p.path for p in parts if p.int8})
-    params = map_leaves(lambda spec: torch.empty_like(spec, device=device or "cpu"), params)
-    targets = dict(leaves_with_paths(params))
+    specs = dict(leaves_with_paths(params))
+    runs = dict[str, list[Run]]()
+    if mapped and device.type == "cpu":
+        unread = [leaf for part in parts for leaf in _leaves(part, check_finite) if not leaf.finite]
+        runs = mappable([(leaf.path, specs[leaf.path], leaf.pieces) for leaf in unread], stored)
+
+    def bring(part: Part) -> tuple[dict[str, Tensor], list[str]]:
+        reader, brought, wrong = Reader(stored), dict[str, Tensor](), list[str]()
+        for path, pieces, finite in _leaves(part, check_finite):
+            if path in runs:
+                brought[path] = map_leaf(specs[path], runs[path])
+                continue
+            spec = specs[path]  # `empty_like` of a meta tensor imports sympy: a second, 50 MB
+            brought[path] = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+            wrong += _fill(brought[path], pieces, reader, finite)
+        return brought, [*wrong, *_offsets(part, stored, reader)]
+
+    leaves, wrong = dict[str, Tensor](), list[str]()
     hidden = None if progress is None else not progress
-    total = sum(leaf.nbytes for leaf in targets.values())
+    total = sum(spec.nbytes for spec in specs.values())
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="load", disable=hidden) as bar,
         ThreadPoolExecutor(READERS) as readers,
     ):
-
-        def fill(part: Part) -> tuple[int, list[str]]:
-            reader, filled, wrong = Reader(stored), 0, list[str]()
-            for leaf, pieces, finite in _leaves(part, targets, check_finite):
-                wrong += _fill(leaf, pieces, reader, finite)
-                filled += leaf.nbytes
-            return filled, [*wrong, *_offsets(part, stored, reader)]
-
-        wrong = list[str]()
-        for filled, lines in readers.map(fill, parts):
-            bar.update(filled)
+        for brought, lines in readers.map(bring, parts):
+            bar.update(sum(leaf.nbytes for leaf in brought.values()))
+            leaves |= brought
             wrong += lines
     if wrong:
         raise refusal(path, wrong)
-    return params
+    return rebuild(params, [leaves[name] for name in specs])
 
 
 def examine(
@@ -100,16 +113,20 @@ def _stored_dtype(stored: dict[str, Stored]) -> torch.dtype:
     return FLOATS.get(embed.dtype, torch.float32) if embed else torch.float32
 
 
-def _leaves(
-    part: Part, targets: dict[str, Tensor], check_finite: bool
-) -> Iterator[tuple[Tensor, tuple[Piece, ...], bool]]:
-    """The tensors of a leaf with the pieces that fill them, and whether values must be finite."""
+class _Leaf(NamedTuple):
+    path: str
+    pieces: tuple[Piece, ...]  # that fill it
+    finite: bool  # whether values must be
+
+
+def _leaves(part: Part, check_finite: bool) -> Iterator[_Leaf]:
+    """The tensors of a part."""
     if not part.int8:
-        yield targets[part.path], part.pieces, check_finite
+        yield _Leaf(part.path, part.pieces, check_finite)
         return
-    yield targets[f"{part.path}.weight"], part.pieces, False
+    yield _Leaf(f"{part.path}.weight", part.pieces, False)
     # a converter without a guard makes NaN of a row of zeros: scales are always looked at
-    yield targets[f"{part.path}.scale"], tuple(map(scale_of, part.pieces)), True
+    yield _Leaf(f"{part.path}.scale", tuple(map(scale_of, part.pieces)), True)
 
 
 def _fill(leaf: Tensor, pieces: tuple[Piece, ...], reader: Reader, finite: bool) -> Iterator[str]:

@@ -1,0 +1,133 @@
+"""Leaves that are pages of the checkpoint's files: nothing is copied, and pages are shared.
+
+A leaf's rows may lie in the files in many runs (a tensor an expert, query and gate by head). Where
+all of them begin at the same place of a page as they do in the leaf, the system shows those pages
+one after the other in memory, copy on write; only the ends of runs within a page are read.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from io import FileIO
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qnext.errors import CheckpointError
+from qnext.functional.checkpoint.shards import DTYPES, Stored
+from qnext.functional.layout import Piece
+
+PAGE = mmap.PAGESIZE
+SMALLEST_LEAF = 1 << 20  # bytes; below, reading costs less than a mapping
+SMALLEST_RUN = 64 << 10  # bytes, the mean of a leaf: a mapping each is worth it
+MOST_RUNS = 1 << 15  # of a checkpoint: Linux allows a process 65,530 mappings
+MAP_FIXED = 0x10  # mmap(2): over what the region had there
+POPULATE_READ = 22  # madvise(2): bring the pages in now; since Linux 5.14
+
+
+class Run(NamedTuple):
+    """Bytes of a file that are, in this order, bytes of a leaf."""
+
+    file: Path
+    begin: int  # in the file
+    at: int  # in the leaf
+    nbytes: int
+
+
+def mappable(
+    leaves: Iterable[tuple[str, Tensor, tuple[Piece, ...]]], stored: Mapping[str, Stored]
+) -> dict[str, list[Run]]:
+    """The runs of the leaves (path, spec, pieces) that can be mapped; others must be read."""
+    found, left = dict[str, list[Run]](), MOST_RUNS if sys.platform == "linux" else 0
+    for path, spec, pieces in leaves:
+        as_stored = all(DTYPES.get(stored[piece.name].dtype) == spec.dtype for piece in pieces)
+        if spec.nbytes < SMALLEST_LEAF or not as_stored:
+            continue
+        runs = _joined(sorted(_runs(spec, pieces, stored), key=lambda run: run.at))
+        shifts = {_shift(run) for run in runs}
+        # a number must begin at a multiple of its size, which the format does not demand
+        aligned = len(shifts) == 1 and not shifts.pop() % spec.itemsize
+        if aligned and len(runs) <= min(spec.nbytes // SMALLEST_RUN, left):
+            found[path], left = runs, left - len(runs)
+    return found
+
+
+def map_leaf(spec: Tensor, runs: list[Run]) -> Tensor:
+    """A tensor like `spec` whose memory is these runs of files; writing to it changes no file.
+
+    Raises CheckpointError where a file is shorter than its header says.
+    """
+    shift = _shift(runs[0])
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    region = mmap.mmap(
+        -1, shift + spec.nbytes, flags=private
+    )  # unmapped as a whole with its tensor
+    memory = memoryview(region)
+    base = torch.frombuffer(region, dtype=torch.uint8).data_ptr()
+    for run in runs:
+        begin, end = shift + run.at, shift + run.at + run.nbytes
+        first, last = -(-begin // PAGE) * PAGE, end // PAGE * PAGE  # the whole pages within
+        with run.file.open("rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size < run.begin + run.nbytes:
+                raise _shorter(file.name)
+            if first < last:
+                _show(file, run.begin + first - begin, base + first, last - first)
+            else:
+                first = last = end
+            for a, b in ((begin, first), (last, end)):
+                if os.preadv(file.fileno(), [memory[a:b]], run.begin + a - begin) != b - a:
+                    raise _shorter(file.name)
+    leaf = torch.frombuffer(region, dtype=spec.dtype, count=spec.numel(), offset=shift)
+    return leaf.view(spec.shape)
+
+
+def _runs(spec: Tensor, pieces: tuple[Piece, ...], stored: Mapping[str, Stored]) -> Iterator[Run]:
+    for piece in pieces:
+        have, count = stored[piece.name], piece.shape[0]
+        row = have.nbytes // count
+        start = 0 if piece.expert is None else piece.expert * spec.shape[1]
+        for part in piece.rows:
+            for group in range(part.groups):
+                source = group * (count // part.groups) + part.offset
+                target = start + part.start + group * part.size
+                yield Run(have.file, have.begin + source * row, target * row, part.size * row)
+
+
+def _joined(runs: list[Run]) -> list[Run]:
+    """The same bytes in as few runs as possible."""
+    joined = runs[:1]
+    for run in runs[1:]:
+        last = joined[-1]
+        follows = run.begin - last.begin == run.at - last.at == last.nbytes
+        if follows and run.file == last.file:
+            joined[-1] = last._replace(nbytes=last.nbytes + run.nbytes)
+        else:
+            joined.append(run)
+    return joined
+
+
+def _show(file: FileIO, begin: int, address: int, nbytes: int) -> None:
+    """Put pages of a file at an address, and bring them in: later an error would be a signal."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_int64]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    access, how = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | MAP_FIXED
+    if libc.mmap(address, nbytes, access, how, file.fileno(), begin) != address:
+        raise CheckpointError(f"{file.name} cannot be mapped: {os.strerror(ctypes.get_errno())}")
+    if libc.madvise(address, nbytes, POPULATE_READ) and ctypes.get_errno() != errno.EINVAL:
+        raise _shorter(file.name)
+
+
+def _shift(run: Run) -> int:
+    """How far after the beginning of a page a leaf begins, for this run to lie in pages."""
+    return (run.begin - run.at) % PAGE
+
+
+def _shorter(name: object) -> CheckpointError:
+    return CheckpointError(f"{name} ends within a tensor: it became shorter meanwhile")

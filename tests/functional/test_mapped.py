@@ -1,0 +1,157 @@
+"""Leaves that are pages of files: the same values as those that are read, wherever runs lie."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qnext as qn
+from qnext.functional.checkpoint import mapped
+from qnext.functional.checkpoint.mapped import PAGE, Run, map_leaf, mappable
+from qnext.functional.checkpoint.read import examine
+from qnext.functional.config import ATTENTION
+from qnext.functional.tree import leaves_with_paths
+from tests.samples import ODD, spec
+from tests.stored import SINGLE, assert_same, read, write
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files are mapped on Linux")
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Whatever can be mapped is, however small; the list tells which leaves were."""
+    seen: list[str] = []
+
+    def told(*arguments: Any) -> dict[str, list[Run]]:
+        found = mappable(*arguments)
+        seen.extend(found)
+        return found
+
+    monkeypatch.setattr(mapped, "SMALLEST_LEAF", 1)
+    monkeypatch.setattr(mapped, "SMALLEST_RUN", 1)
+    monkeypatch.setattr("qnext.functional.checkpoint.read.mappable", told)
+    return seen
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("name", ODD)
+def test_mapped_and_read_are_the_same(
+    checkpoints: Any, tmp_path: Path, eager: list[str], name: str, shards: int
+) -> None:
+    _, path, _ = checkpoints(name)
+    write(tmp_path, read(path), spec(name), shards)
+    eager.clear()
+    want = qn.load(tmp_path, mapped=False)
+    assert not eager
+    assert_same(qn.load(tmp_path), want)
+    assert ".embed" in eager
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose runs are whole pages, experts and interleaved rows among them."""
+    sizes = {"hidden_size": 1024, "moe_intermediate_size": 96, "num_experts": 11}
+    config = qn.Config.from_hf(spec("base") | sizes)
+    path = tmp_path_factory.mktemp("wide")
+    qn.save(qn.init_params(config, seed=3), path)
+    return path
+
+
+def test_experts_and_interleaved_rows_are_mapped(wide: Path, eager: list[str]) -> None:
+    params = qn.load(wide)
+    assert_same(params, qn.load(wide, mapped=False))
+    large = [".layers[0].mixer.in_proj", ".layers[0].ffn.gate_up", ".layers[3].ffn.down"]
+    assert params.config.layer_types[0] != ATTENTION  # its norms lie between its projections
+    assert set(large) <= set(eager)
+
+
+def test_writing_to_params_changes_no_file(wide: Path, eager: list[str]) -> None:
+    before = (wide / SINGLE).read_bytes()
+    params = qn.load(wide)
+    for path, leaf in leaves_with_paths(params):
+        leaf.add_(1)
+        assert leaf.isfinite().all(), path
+    assert (wide / SINGLE).read_bytes() == before
+    assert eager
+
+
+def test_params_live_on_when_their_files_are_replaced(wide: Path, eager: list[str]) -> None:
+    want = qn.load(wide, mapped=False)
+    params = qn.load(wide)
+    qn.save(params, wide)
+    assert_same(params, want)
+    assert_same(qn.load(wide), want)
+
+
+def test_only_so_many_mappings(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, stored, parts = examine(wide)
+    specs = dict(leaves_with_paths(qn.load(wide, device="meta")))
+    leaves = [(part.path, specs[part.path], part.pieces) for part in parts]
+    all_runs = mappable(leaves, stored)
+    most = max(map(len, all_runs.values()))
+    monkeypatch.setattr(mapped, "MOST_RUNS", most)
+    assert config.num_experts <= sum(map(len, mappable(leaves, stored).values())) <= most
+    assert most < sum(map(len, all_runs.values()))
+
+
+@pytest.mark.parametrize(
+    "options", [{"mapped": False}, {"check_finite": True}, {"dtype": torch.float64}]
+)
+def test_what_must_be_read_is(wide: Path, eager: list[str], options: dict[str, Any]) -> None:
+    qn.load(wide, **options)
+    assert not eager
+
+
+# --- runs of a file ---------------------------------------------------------------------------
+
+BYTES = torch.arange(7 * PAGE + 123, dtype=torch.int64).remainder_(251).to(torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("runs", "length"),
+    [
+        ([(24, 0, 100)], 100),  # within a page
+        ([(PAGE - 8, 0, 16)], 16),  # over a boundary, no whole page
+        ([(16, 0, 5 * PAGE)], 5 * PAGE),
+        ([(0, 0, 2 * PAGE)], 2 * PAGE),
+        ([(8, 0, 2 * PAGE), (8 + 4 * PAGE, 2 * PAGE, PAGE + 50)], 3 * PAGE + 50),
+        (
+            [(5 * PAGE + 40, 0, PAGE), (40, PAGE, 3 * PAGE), (40 + 4 * PAGE, 4 * PAGE, 9)],
+            4 * PAGE + 9,
+        ),
+    ],
+)
+def test_a_leaf_is_its_runs(tmp_path: Path, runs: list[tuple[int, int, int]], length: int) -> None:
+    file = tmp_path / "bytes"
+    file.write_bytes(bytes(BYTES.view(torch.uint8).tolist()))
+    spec = torch.empty(length, dtype=torch.int8, device="meta")
+    leaf = map_leaf(spec, [Run(file, *run) for run in runs])
+    want = torch.cat([BYTES[begin : begin + nbytes] for begin, _, nbytes in runs])
+    assert leaf.equal(want)
+
+
+@pytest.mark.parametrize("missing", [1, 3 * PAGE], ids=["its end", "whole pages"])
+def test_a_file_cut_off_meanwhile_is_an_error(tmp_path: Path, missing: int) -> None:
+    file = tmp_path / "bytes"
+    file.write_bytes(bytes(5 * PAGE - missing))
+    spec = torch.empty(5 * PAGE - 8, dtype=torch.int8, device="meta")
+    with pytest.raises(qn.CheckpointError, match="bytes ends within a tensor: it became shorter"):
+        map_leaf(spec, [Run(file, 8, 0, 5 * PAGE - 8)])
+
+
+def test_numbers_that_begin_at_odd_bytes_are_read(
+    checkpoints: Any, tmp_path: Path, eager: list[str]
+) -> None:
+    """The format demands no alignment; a float that begins at an odd byte is no tensor of torch."""
+    write(tmp_path, read(checkpoints("base")[1]), spec("base"))
+    file = tmp_path / SINGLE
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size] + b" " * (3 - size % 4)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+    assert len(header) % 4 == 3
+    eager.clear()
+    assert_same(qn.load(tmp_path), qn.load(tmp_path, mapped=False))
+    assert not eager
