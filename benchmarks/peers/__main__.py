@@ -70,6 +70,7 @@ def examine(setup: Setup, precisions: Sequence[str]) -> dict[str, dict[str, Any]
     """precision -> whether its logits are right, and the bytes of its weights and state."""
     found = {}
     for precision in precisions:
+        setup.make(precision)
         try:
             found[precision] = setup.examine(precision)
         except RuntimeError as error:

@@ -1,6 +1,6 @@
 """Whether a precision computes on the cpu target what the float32 reference does; as JSON.
 
-    python -m benchmarks.peers.check MODEL f32|bf16|q8_0 THREADS CAPACITY
+    python -m benchmarks.peers.check MODEL FLOAT_MODEL f32|bf16|q8_0 THREADS CAPACITY
 
 Tells the bytes of its weights as well, and those of a state of one row with that capacity.
 """
@@ -15,7 +15,6 @@ from torch import Tensor
 
 import qnext as qn
 from benchmarks.cpu import Case, check
-from benchmarks.peers.first import load
 from qnext.bench.steps.measure import random_tokens
 from qnext.functional.tree import leaves
 
@@ -44,9 +43,9 @@ def fault(precision: str, logits: Tensor, reference: Tensor) -> str | None:
     return None
 
 
-def examine(path: Path, precision: str, capacity: int) -> dict[str, Any]:
+def examine(path: Path, float_path: Path, precision: str, capacity: int) -> dict[str, Any]:
     """red: what is wrong, or None. Bytes of weights and state."""
-    params, floats = load(path, precision), load(path, "f32")
+    params, floats = qn.load(path), qn.load(float_path)
     tokens = random_tokens(floats, 1, SEQ)
     reference = logits_of(Case("reference", floats, tokens))
     state = qn.init_state(params.config, 1, capacity, dtype=params.embed.dtype, device="meta")
@@ -58,5 +57,5 @@ def examine(path: Path, precision: str, capacity: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[3]))
-    print(json.dumps(examine(Path(sys.argv[1]), sys.argv[2], int(sys.argv[4]))))
+    torch.set_num_threads(int(sys.argv[4]))
+    print(json.dumps(examine(*map(Path, sys.argv[1:3]), sys.argv[3], int(sys.argv[5]))))

@@ -1,6 +1,6 @@
 """Load a checkpoint and compute its first token on the cpu target; the seconds as JSON.
 
-    python -m benchmarks.peers.first MODEL f32|bf16|q8_0 THREADS
+    python -m benchmarks.peers.first MODEL THREADS
 
 Imports are inside the functions, as they are timed.
 """
@@ -22,7 +22,7 @@ def kept() -> list[str]:
     return [name for name in KEPT if name not in ("lm_head", "mtp.fc")]
 
 
-def load(path: Path, precision: str) -> "qn.Params":
+def convert(path: Path, precision: str) -> "qn.Params":
     """The checkpoint as `precision` has it."""
     import torch
 
@@ -34,7 +34,7 @@ def load(path: Path, precision: str) -> "qn.Params":
     return qn.quantize(params, ignore=kept()) if precision == "q8_0" else params
 
 
-def first_token(path: Path, precision: str, threads: int) -> dict[str, float]:
+def first_token(path: Path, threads: int) -> dict[str, float]:
     """Seconds of importing qnext, and of all that lies between that and a token."""
     began = time.perf_counter()
     import torch
@@ -43,7 +43,7 @@ def first_token(path: Path, precision: str, threads: int) -> dict[str, float]:
 
     imported = time.perf_counter()
     torch.set_num_threads(threads)
-    params = load(path, precision)
+    params = qn.load(path)
     state = qn.init_state(params.config, batch=1, capacity=2, dtype=params.embed.dtype)
     arguments = (params, state, torch.ones(1, 1, dtype=torch.int64))
     # strict: a machine without a compiler is no reason to time the reference
@@ -59,4 +59,4 @@ def first_token(path: Path, precision: str, threads: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(first_token(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))
+    print(json.dumps(first_token(Path(sys.argv[1]), int(sys.argv[2]))))

@@ -37,8 +37,9 @@ Rounds: {rounds}.
   in float32, measured likewise: products of int8 and bfloat16 may pass it. Both sides are told
   against the limit of qnext's own bytes and operations.
 - `f32` is the checkpoint as it is stored, `bf16` all of it in bfloat16. `q8_0` is W8A8 with the
-  head in int8 for qnext, and llama.cpp's format of that name. Before a precision is timed its
-  logits are compared with those of the float32 reference.
+  head in int8 for qnext, and llama.cpp's format of that name. Both sides read a checkpoint that is
+  stored in the precision. Before one is timed its logits are compared with those of the float32
+  reference.
 """
 GATE = (
     f"A run during which other processes used more than {CLEAN:.0%} of the machine is thrown away\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import qnext as qn
-from benchmarks.peers.first import kept
+from benchmarks.peers.first import convert
 from benchmarks.peers.noise import is_clean
 
 OURS, PEER = "qnext", "llama.cpp"
@@ -84,6 +84,16 @@ class Setup:
         """llama.cpp's file."""
         return self.gguf / f"{self.model.name}-{precision}.gguf"
 
+    def ours(self, precision: str) -> Path:
+        """Our checkpoint, which is stored as the precision has it, beside llama.cpp's file."""
+        return self.model if precision == "f32" else self.weights(precision).with_suffix("")
+
+    def make(self, precision: str) -> None:
+        """Write our checkpoint of a precision, where there is none as new as the model."""
+        made, source = (path / "config.json" for path in (self.ours(precision), self.model))
+        if not made.is_file() or made.stat().st_mtime < source.stat().st_mtime:
+            qn.save(convert(self.model, precision), made.parent)
+
     def version(self) -> str:
         """As llama.cpp tells its own, to whichever stream."""
         command = [str(self.tools / TOOLS[0]), "--version"]
@@ -94,13 +104,14 @@ class Setup:
 
     def examine(self, precision: str) -> dict[str, Any]:
         """What `benchmarks.peers.check` tells of a precision."""
-        rest = [str(self.model), precision, str(self.threads), str(CAPACITY)]
+        models = [str(self.ours(precision)), str(self.model)]
+        rest = [*models, precision, str(self.threads), str(CAPACITY)]
         return launch([sys.executable, "-m", "benchmarks.peers.check", *rest]).last()
 
     def prepare(self, side: str, case: str, precision: str) -> None:
         """Before a start: put a side's files out of the page cache, or into it."""
         if case in STARTS:
-            ours = sorted(path for path in self.model.iterdir() if path.is_file())
+            ours = sorted(path for path in self.ours(precision).iterdir() if path.is_file())
             for path in ours if side == OURS else [self.weights(precision)]:
                 evict(path) if case == "cold" else fill(path)
 
@@ -109,7 +120,7 @@ class Setup:
         if side == PEER:
             return read_peer(case, launch(self.peer_command(case, precision)))
         if case in STARTS:
-            rest = [str(self.model), precision, str(self.threads)]
+            rest = [str(self.ours(precision)), str(self.threads)]
             ended = launch([sys.executable, "-m", "benchmarks.peers.first", *rest])
             return {**start(ended), **ended.last()}
         with tempfile.TemporaryDirectory() as folder:
@@ -123,16 +134,11 @@ class Setup:
             "decode": ("--prompt", PROMPT, "--steps", STEPS, "--rounds", ROUNDS),
             "prefill": ("--length", PROMPT, "--rounds", REPEATS),
         }
-        options = {
-            "f32": [],
-            "bf16": ["--dtype", "bfloat16"],
-            "q8_0": ["--w8a8", "--ignore", *kept()],
-        }
         kind = "decode" if case in ROWS else "prefill"
         rows = ["--batch", str(ROWS[case])] if case in ROWS else []
         words = [*map(str, sizes[kind]), *rows, "--threads", str(self.threads)]
-        start = [sys.executable, "-m", "qnext.cli", "bench", kind, str(self.model)]
-        return [*start, *words, *options[precision]]
+        start = [sys.executable, "-m", "qnext.cli", "bench", kind]
+        return [*start, str(self.ours(precision)), *words]
 
     def peer_command(self, case: str, precision: str) -> list[str]:
         """llama.cpp's own benchmarks for a case."""

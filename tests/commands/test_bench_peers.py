@@ -15,7 +15,7 @@ import qnext as qn
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import noise, runs
 from benchmarks.peers.check import examine, fault
-from benchmarks.peers.first import first_token, kept, load
+from benchmarks.peers.first import first_token, kept
 from benchmarks.peers.noise import Counters, counters, is_clean, share
 from benchmarks.peers.page import draw, faults, page, rate, rates_table, start
 from benchmarks.peers.runs import OURS, PEER, Cell, Ended, Run, Setup, launch, until_clean
@@ -58,14 +58,16 @@ def setup(tmp_path: Path) -> Setup:
         (tmp_path / "bin" / name).chmod(0o755)
     for i, precision in enumerate(runs.PRECISIONS):
         (tmp_path / "gguf" / f"mid-{precision}.gguf").write_bytes(bytes(3_000_000 + i))
-    (tmp_path / "mid" / "config.json").write_text("{}")
+    for folder in ("mid", "gguf/mid-bf16", "gguf/mid-q8_0"):  # in this order: the latter are newer
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "config.json").write_text("{}")
     return Setup(tmp_path / "bin", tmp_path / "gguf", tmp_path / "mid", threads=2)
 
 
 def ours(command: Sequence[str], red: Sequence[str]) -> Ended:
     """What our own processes would tell."""
     if "benchmarks.peers.check" in command:
-        why = "logits are 9 from the reference's" if command[4] in red else None
+        why = "logits are 9 from the reference's" if command[5] in red else None
         told = {"red": why, "weights_bytes": 900_000_000, "state_bytes": 50_000_000}
         return Ended(json.dumps(told), 1.0, 1, 0)
     if "benchmarks.peers.first" in command:
@@ -172,16 +174,20 @@ def test_precisions_of_a_checkpoint_are_right_and_start(tmp_path: Path) -> None:
     config = replace(whole.config, num_hidden_layers=2, layer_types=kinds, mtp_layers=0)
     params = whole._replace(config=config, layers=whole.layers[2:4], mtp=())
     qn.save(params, tmp_path / "demo")
-    found = examine(tmp_path / "demo", "q8_0", 100)
+    (tmp_path / "gguf").mkdir()
+    setup = Setup(tmp_path / "bin", tmp_path / "gguf", tmp_path / "demo", threads=2)
+    for precision in runs.PRECISIONS:
+        setup.make(precision)
+    found = examine(setup.ours("q8_0"), tmp_path / "demo", "q8_0", 100)
     assert found["red"] is None and found["state_bytes"] > 0
-    int8 = load(tmp_path / "demo", "q8_0")
+    int8 = qn.load(setup.ours("q8_0"))
     assert (
         isinstance(int8.head[0].weight, Quantized) and "lm_head" not in kept() and len(kept()) == 2
     )
-    halves = load(tmp_path / "demo", "bf16")
-    assert halves.embed.dtype == torch.bfloat16
+    assert qn.load(setup.ours("bf16")).embed.dtype == torch.bfloat16
+    assert setup.ours("f32") == tmp_path / "demo"
     assert found["weights_bytes"] < 0.6 * sum(t.nbytes for t in qn.functional.tree.leaves(params))
-    told = first_token(tmp_path / "demo", "f32", torch.get_num_threads())
+    told = first_token(tmp_path / "demo", torch.get_num_threads())
     state = qn.init_state(params.config, 1, 2)
     logits, _ = qn.prefill(params, state, torch.ones(1, 1, dtype=torch.int64))
     assert told["token"] == int(logits.argmax(-1)) and told["first_seconds"] > 0
@@ -189,8 +195,9 @@ def test_precisions_of_a_checkpoint_are_right_and_start(tmp_path: Path) -> None:
 
 def test_commands_name_what_is_measured(setup: Setup) -> None:
     command = " ".join(setup.our_command("decode8", "bf16"))
-    assert "bench decode" in command and "--batch 8 --threads 2 --dtype bfloat16" in command
-    assert setup.our_command("prefill", "q8_0")[-4:] == ["--w8a8", "--ignore", *kept()]
+    assert "bench decode" in command and "gguf/mid-bf16 --prompt" in command
+    assert command.endswith("--batch 8 --threads 2")
+    assert str(setup.ours("q8_0")) in setup.our_command("prefill", "q8_0")
     assert "--length 512" in " ".join(setup.our_command("prefill", "f32"))
     theirs = setup.peer_command("decode8", "q8_0")
     assert theirs[0].endswith("llama-batched-bench") and theirs[2].endswith("mid-q8_0.gguf")

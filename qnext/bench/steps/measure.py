@@ -181,13 +181,18 @@ def measure_prefill(
             bar.update()
         for _ in range(rounds):
             for case in cases:
-                tokens, state = random_tokens(params, 1, case.length), case.runner.start()
-                began = time.perf_counter()
-                case.runner.prefill(state, tokens)
-                case.seconds.append(time.perf_counter() - began)
+                case.seconds.append(_prefill_seconds(case, random_tokens(params, 1, case.length)))
                 case.first, case.peak = first[case.target], case.peak or peak_bytes()
                 bar.update()
     return [case.figure(case.length, prefill_flops(params, case.length)) for case in cases]
+
+
+def _prefill_seconds(case: Case, tokens: Tensor) -> float:
+    """Seconds of one prompt, on a state that is gone afterwards."""
+    state = case.runner.start()
+    began = time.perf_counter()
+    case.runner.prefill(state, tokens)
+    return time.perf_counter() - began
 
 
 def peak_bytes() -> int:
