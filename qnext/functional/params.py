@@ -150,8 +150,8 @@ def quantized_specs(params: Params, paths: Collection[str]) -> Params:
     def spec(path: str, leaf: Tensor) -> Tensor | Quantized:
         if path not in paths:
             return leaf
-        scale = leaf.new_empty(leaf.shape[:-1], dtype=torch.float32)
-        return Quantized(torch.empty_like(leaf, dtype=torch.int8), scale)
+        weight = torch.empty(leaf.shape, dtype=torch.int8, device=leaf.device)
+        return Quantized(weight, torch.empty(leaf.shape[:-1], device=leaf.device))
 
     return map_with_paths(spec, params)
 

@@ -51,7 +51,9 @@ def test_text_is_that_of_generate(demo: tuple[qn.Params, Tokenizer]) -> None:
         assert text == tokenizer.decode([t for t in kept if t not in tokenizer.eos_ids])
 
 
-@pytest.mark.parametrize("stop", [" ", "e", "am", "zzz"])
+@pytest.mark.parametrize(
+    "stop", [" ", *(pytest.param(s, marks=pytest.mark.slow) for s in ("e", "zzz")), "am"]
+)
 def test_stop_strings_end_before_their_first_occurrence(
     demo: tuple[qn.Params, Tokenizer], stop: str
 ) -> None:

@@ -38,8 +38,13 @@ def said(pieces: Sequence[Piece]) -> list[tuple[str, int, str | None]]:
     return [(piece.text, piece.tokens, piece.finish) for piece in pieces]
 
 
-@pytest.mark.parametrize("draft", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("stops", [(), ("e",), ("am", "never said"), (" ",)], ids=repr)
+def slow(value: object) -> object:
+    """A case of the slow proofs."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("draft", [slow(1), 3])
+@pytest.mark.parametrize("stops", [(), slow(("e",)), slow(("am", "never said")), (" ",)], ids=repr)
 def test_text_is_that_of_one_token_at_a_time(
     demo: Demo, draft: int, stops: tuple[str, ...]
 ) -> None:
@@ -51,7 +56,7 @@ def test_text_is_that_of_one_token_at_a_time(
         assert {piece.finish for piece in ahead} >= {"eos"}  # guesses go past the end of some
 
 
-@pytest.mark.parametrize("new", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("new", [slow(1), 2, slow(3), slow(4), 5, slow(7)])
 def test_max_new_tokens_may_end_anywhere_in_a_draft(demo: Demo, new: int) -> None:
     plain = whole(complete(*demo, chats(demo), new), 3)
     for draft in (1, 3):

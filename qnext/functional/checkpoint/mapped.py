@@ -11,6 +11,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
@@ -113,15 +114,22 @@ def _joined(runs: list[Run]) -> list[Run]:
 
 def _show(file: FileIO, begin: int, address: int, nbytes: int) -> None:
     """Put pages of a file at an address, and bring them in: later an error would be a signal."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_int64]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc = _libc()
     access, how = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | MAP_FIXED
     if libc.mmap(address, nbytes, access, how, file.fileno(), begin) != address:
         raise CheckpointError(f"{file.name} cannot be mapped: {os.strerror(ctypes.get_errno())}")
     if libc.madvise(address, nbytes, POPULATE_READ) and ctypes.get_errno() != errno.EINVAL:
         raise _shorter(file.name)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    """The calls that Python's mmap module lacks: a mapping at an address, advice on it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_int64]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
 
 
 def _shift(run: Run) -> int:
