@@ -29,6 +29,7 @@ SMALLEST_RUN = 64 << 10  # bytes, the mean of a leaf: a mapping each is worth it
 MOST_RUNS = 1 << 15  # of a checkpoint: Linux allows a process 65,530 mappings
 MAP_FIXED = 0x10  # mmap(2): over what the region had there
 POPULATE_READ = 22  # madvise(2): bring the pages in now; since Linux 5.14
+UNREADABLE = (errno.EFAULT, errno.EIO)  # else the system only does not know the advice
 
 
 class Run(NamedTuple):
@@ -65,9 +66,7 @@ def map_leaf(spec: Tensor, runs: list[Run]) -> Tensor:
     """
     shift = _shift(runs[0])
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    region = mmap.mmap(
-        -1, shift + spec.nbytes, flags=private
-    )  # unmapped as a whole with its tensor
+    region = mmap.mmap(-1, shift + spec.nbytes, flags=private)  # goes as a whole, with its tensor
     memory = memoryview(region)
     base = torch.frombuffer(region, dtype=torch.uint8).data_ptr()
     for run in runs:
@@ -118,8 +117,10 @@ def _show(file: FileIO, begin: int, address: int, nbytes: int) -> None:
     access, how = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | MAP_FIXED
     if libc.mmap(address, nbytes, access, how, file.fileno(), begin) != address:
         raise CheckpointError(f"{file.name} cannot be mapped: {os.strerror(ctypes.get_errno())}")
-    if libc.madvise(address, nbytes, POPULATE_READ) and ctypes.get_errno() != errno.EINVAL:
-        raise _shorter(file.name)
+    if libc.madvise(address, nbytes, POPULATE_READ) and ctypes.get_errno() in UNREADABLE:
+        raise CheckpointError(
+            f"{file.name} cannot be read: an error of its disk, or it became shorter meanwhile"
+        )
 
 
 @cache
