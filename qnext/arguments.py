@@ -39,8 +39,11 @@ def add_target(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def load(args: argparse.Namespace) -> tuple[qn.Params, Tokenizer]:
-    """Params and tokenizer of the command's model, which can draft where that is asked."""
+def load(args: argparse.Namespace, mapped: bool = True) -> tuple[qn.Params, Tokenizer]:
+    """Params and tokenizer of the command's model, which can draft where that is asked.
+
+    `mapped` is that of `qn.load`: for commands that end before anyone changes a checkpoint.
+    """
     if args.draft < 0:
         raise qn.InputError(f"draft must be an integer >= 0, got {args.draft}")
     dtype = DTYPES.get(args.dtype)
@@ -48,7 +51,7 @@ def load(args: argparse.Namespace) -> tuple[qn.Params, Tokenizer]:
         return qn.demo(dtype or torch.float32), qn.tokenizer()
     qn.Config.from_hf(args.model)  # what can be refused at once is, before weights are read
     tokenizer = qn.tokenizer(args.model)
-    params = qn.load(args.model, dtype=dtype)
+    params = qn.load(args.model, dtype=dtype, mapped=mapped)
     if args.draft:
         check_module(params)
     return params, tokenizer

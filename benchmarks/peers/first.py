@@ -43,7 +43,7 @@ def first_token(path: Path, threads: int) -> dict[str, float]:
 
     imported = time.perf_counter()
     torch.set_num_threads(threads)
-    params = qn.load(path)
+    params = qn.load(path, mapped=True)
     state = qn.init_state(params.config, batch=1, capacity=2, dtype=params.embed.dtype)
     arguments = (params, state, torch.ones(1, 1, dtype=torch.int64))
     # strict: a machine without a compiler is no reason to time the reference

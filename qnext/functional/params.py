@@ -150,6 +150,7 @@ def quantized_specs(params: Params, paths: Collection[str]) -> Params:
     def spec(path: str, leaf: Tensor) -> Tensor | Quantized:
         if path not in paths:
             return leaf
+        # `empty_like` of a meta tensor would import sympy: a second
         weight = torch.empty(leaf.shape, dtype=torch.int8, device=leaf.device)
         return Quantized(weight, torch.empty(leaf.shape[:-1], device=leaf.device))
 

@@ -135,7 +135,7 @@ def _loader(args: argparse.Namespace, options: Options) -> "Callable[[], Ready]"
         from qnext.server.guide import Grammars
         from qnext.server.host import Ready
 
-        params, tokenizer = load_model(args)
+        params, tokenizer = load_model(args, mapped=False)
         engine = Engine(params, tokenizer, options)
         if not args.no_warm:
             engine.warm(progress=sys.stderr.isatty())

@@ -1,5 +1,6 @@
 """Leaves that are pages of files: the same values as those that are read, wherever runs lie."""
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,9 @@ def test_mapped_and_read_are_the_same(
 ) -> None:
     oracle(name).save_pretrained(tmp_path / "whole")
     write(tmp_path, read(tmp_path / "whole"), spec(name), shards)
-    want = qn.load(tmp_path, mapped=False)
+    want = qn.load(tmp_path)
     assert not eager
-    assert_same(qn.load(tmp_path), want)
+    assert_same(qn.load(tmp_path, mapped=True), want)
     assert ".embed" in eager
 
 
@@ -59,8 +60,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_experts_and_interleaved_rows_are_mapped(wide: Path, eager: list[str]) -> None:
-    params = qn.load(wide)
-    assert_same(params, qn.load(wide, mapped=False))
+    params = qn.load(wide, mapped=True)
+    assert_same(params, qn.load(wide))
     large = [".layers[0].mixer.in_proj", ".layers[0].ffn.gate_up", ".layers[3].ffn.down"]
     assert params.config.layer_types[0] != ATTENTION  # its norms lie between its projections
     assert set(large) <= set(eager)
@@ -68,7 +69,7 @@ def test_experts_and_interleaved_rows_are_mapped(wide: Path, eager: list[str]) -
 
 def test_writing_to_params_changes_no_file(wide: Path, eager: list[str]) -> None:
     before = (wide / SINGLE).read_bytes()
-    params = qn.load(wide)
+    params = qn.load(wide, mapped=True)
     for path, leaf in leaves_with_paths(params):
         leaf.add_(1)
         assert leaf.isfinite().all(), path
@@ -77,11 +78,11 @@ def test_writing_to_params_changes_no_file(wide: Path, eager: list[str]) -> None
 
 
 def test_params_live_on_when_their_files_are_replaced(wide: Path, eager: list[str]) -> None:
-    want = qn.load(wide, mapped=False)
-    params = qn.load(wide)
+    want = qn.load(wide)
+    params = qn.load(wide, mapped=True)
     qn.save(params, wide)
     assert_same(params, want)
-    assert_same(qn.load(wide), want)
+    assert_same(qn.load(wide, mapped=True), want)
 
 
 def test_only_so_many_mappings(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,8 +100,20 @@ def test_only_so_many_mappings(wide: Path, monkeypatch: pytest.MonkeyPatch) -> N
     "options", [{"mapped": False}, {"check_finite": True}, {"dtype": torch.float64}]
 )
 def test_what_must_be_read_is(wide: Path, eager: list[str], options: dict[str, Any]) -> None:
-    qn.load(wide, **options)
+    qn.load(wide, **{"mapped": True, **options})
     assert not eager
+
+
+def test_loading_imports_no_sympy(wide: Path, tmp_path: Path) -> None:
+    """Which takes a second, and which `empty_like` of a meta tensor would."""
+    qn.save(qn.quantize(qn.load(wide)), tmp_path)
+    code = """if True:
+        import sys, qnext as qn
+        for path in sys.argv[1:]:
+            qn.load(path)
+        print("sympy" in sys.modules)"""
+    command = [sys.executable, "-c", code, str(wide), str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 # --- runs of a file ---------------------------------------------------------------------------
@@ -150,5 +163,5 @@ def test_numbers_that_begin_at_odd_bytes_are_read(tmp_path: Path, eager: list[st
     header = data[8 : 8 + size] + b" " * (3 - size % 4)
     file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
     assert len(header) % 4 == 3
-    assert_same(qn.load(tmp_path), qn.load(tmp_path, mapped=False))
+    assert_same(qn.load(tmp_path, mapped=True), qn.load(tmp_path))
     assert not eager

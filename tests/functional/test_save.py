@@ -156,12 +156,10 @@ def test_a_full_disk_leaves_a_new_place_empty(
 
 
 @pytest.mark.parametrize("limit", [10**9, 10**5], ids=["single", "sharded"])
-def test_params_that_are_read_own_their_memory(
-    checkpoints: Any, tmp_path: Path, limit: int
-) -> None:
+def test_params_own_their_memory(checkpoints: Any, tmp_path: Path, limit: int) -> None:
     want = checkpoints("base")[2]
     qn.save(want, tmp_path, max_shard_bytes=limit)
-    params = qn.load(tmp_path, mapped=False)
+    params = qn.load(tmp_path)
     for file in tmp_path.iterdir():
         with file.open("r+b") as stream:  # in place: a mapped file would show it
             stream.write(b"\xff" * file.stat().st_size)

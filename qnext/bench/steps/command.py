@@ -142,7 +142,7 @@ def _start(args: argparse.Namespace) -> qn.Params:
     if args.model is None:
         params = qn.demo(dtype or torch.float32)
     else:
-        params = qn.load(args.model, dtype=dtype)
+        params = qn.load(args.model, dtype=dtype, mapped=True)
     return qn.quantize(params, ignore=args.ignore) if args.w8a8 else params
 
 

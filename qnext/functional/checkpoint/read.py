@@ -30,17 +30,18 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     *,
-    mapped: bool = True,
+    mapped: bool = False,
     check_finite: bool = False,
     progress: bool | None = None,
 ) -> Params:
     """Params of a Hugging Face checkpoint directory (config.json and *.safetensors).
 
     Int8 matrices, as compressed-tensors (`int-quantized`) or ModelSlim (W8A8_DYNAMIC) store them,
-    become `Quantized` leaves. Large leaves stored as they are needed are, for the CPU on Linux,
-    pages of the files (copy on write), which nobody may change in place while the params live;
-    `mapped=False` reads them instead. The rest is read where it belongs, row by row, so that peak
-    memory stays near the model's size. `dtype` converts floating tensors (default: as stored;
+    become `Quantized` leaves. Rows are read where they belong, so that peak memory stays near the
+    model's size. With `mapped` large leaves stored as they are needed are, for the CPU on Linux,
+    pages of the files instead (copy on write): sooner there, but nobody may change the files in
+    place while the params live, and eager PyTorch's last bits may be others, as they depend on
+    where in a cache line a matrix begins. `dtype` converts floating tensors (default: as stored;
     `A_log`, `dt_bias` and scales stay float32); `check_finite` reads all and also refuses NaN and
     infinity; `progress` shows a bar (default: on a terminal). Raises ConfigError for the config,
     CheckpointError listing everything else that is wrong.
@@ -62,7 +63,7 @@ def load(
             if path in runs:
                 brought[path] = map_leaf(specs[path], runs[path])
                 continue
-            spec = specs[path]  # `empty_like` of a meta tensor imports sympy: a second, 50 MB
+            spec = specs[path]  # `empty_like` of a meta tensor would import sympy: a second
             brought[path] = torch.empty(spec.shape, dtype=spec.dtype, device=device)
             wrong += _fill(brought[path], pieces, reader, finite)
         return brought, [*wrong, *_offsets(part, stored, reader)]
