@@ -164,6 +164,14 @@ CASES: dict[str, Case] = {
         lambda x, i: x.take_along_dim(i, dim=1),
         (real(3, 11, 600), places(11, 3, 4, 1)),
     ),
+    "take_along_dim, transposed": (
+        lambda x, i: x.mT.take_along_dim(i.mT, dim=1),
+        (real(3, 7, 11), places(11, 3, 1, 4)),
+    ),
+    "take_along_dim of the last": (
+        lambda x, i: x.take_along_dim(i, dim=-1),
+        (whole(3, 5, 11), places(11, 3, 1, 4)),
+    ),
     "index_put": (indexed, (real(7, 3, 5), torch.tensor([6, 0, 2]), real(3, 3, 5, seed=1))),
     "index_put a row": (indexed, (whole(7, 3), torch.tensor([4]), whole(1, 3, seed=1))),
 }
@@ -186,6 +194,12 @@ def test_the_first_of_the_greatest_is_the_largest() -> None:
     x = torch.tensor(rows)
     step = lower(lambda x: x.argmax(-1), (x,))
     assert step(x).tolist() == x.argmax(-1).tolist() == [1, 0, 0, 2]
+    for dtype in (torch.float32, BF16):  # rows of more numbers than a vector has
+        x = real(200, 77).to(dtype).round(decimals=1)
+        x[::3, 50:] = 4.0
+        x[::5, ::19] = NAN
+        step = lower(lambda x: x.argmax(-1), (x,))
+        assert step(x).tolist() == x.argmax(-1).tolist()
 
 
 def test_a_donated_pool_is_written_where_it_is() -> None:

@@ -80,7 +80,7 @@ def _rows_bytes(*, x: Tensor, index: Tensor) -> int:
 
 
 def _pick_bytes(*, x: Tensor, index: Tensor, axis: int) -> int:
-    return index.numel() * (index.itemsize + 2 * x.itemsize)
+    return index.nbytes + 2 * x.numel() // x.shape[axis] * index.shape[axis] * x.itemsize
 
 
 def _put_bytes(*, pool: Tensor, index: Tensor, values: Tensor) -> int:
@@ -143,7 +143,7 @@ BETWEEN: dict[str, Between] = {
     "rows": _small("Tensor x, Tensor index", lambda *, x, index: x[index.long()], _rows_bytes),
     "pick": _small(
         "Tensor x, Tensor index, int axis",
-        lambda *, x, index, axis: x.gather(axis, index.long()),
+        lambda *, x, index, axis: x.take_along_dim(index.long(), dim=axis),
         _pick_bytes,
     ),
     "put_rows": _small(

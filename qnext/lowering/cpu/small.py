@@ -287,7 +287,10 @@ def _picked(node: Node, x: Any, index: Any, axis: Any) -> Match | None:
 
 
 def _pick(*, x: Tensor, index: Tensor, axis: int, shape: list[int]) -> Tensor:
-    made: Tensor = OPS["pick"](x=x, index=index.expand(shape), axis=axis)
+    for other, size in enumerate(shape):  # of which `gather` takes the first ones
+        if other != axis and size != x.shape[other]:
+            x = x.narrow(other, 0, size)
+    made: Tensor = OPS["pick"](x=x, index=index, axis=axis)
     return made
 
 

@@ -12,9 +12,9 @@ constexpr int SUMS = LANES == 8 ? 8 : 16;  // vectors of answers that are held i
 
 // rotary(query [batch, seq, hq, hd], key [batch, seq, hkv, hd], position [batch, seq],
 // frequency [pairs]; factor) -> (query, key)
-static int64_t token_tasks(const Call& c, int64_t phase) {
+static int64_t token_tasks(const Call& c, int64_t) {
   const Tensor& x = c[0];
-  return phase ? DONE : ceil_div(x.size[0] * x.size[1], TOKENS);
+  return ceil_div(x.size[0] * x.size[1], TOKENS);
 }
 
 template <class X>
@@ -52,8 +52,8 @@ static void rotary(const Call& c, int64_t, int64_t task) {
 
 // kv_write(key_pool, value_pool [pages, page, hkv, hd], key, value [batch, seq, hkv, hd],
 // index [batch, seq]) -> both pools in place
-static int64_t write_tasks(const Call& c, int64_t phase) {
-  return phase ? DONE : ceil_div(c[2].size[0] * c[2].size[1], TOKENS);
+static int64_t write_tasks(const Call& c, int64_t) {
+  return ceil_div(c[2].size[0] * c[2].size[1], TOKENS);
 }
 
 static void kv_write(const Call& c, int64_t, int64_t task) {
@@ -80,9 +80,9 @@ static void kv_write(const Call& c, int64_t, int64_t task) {
 // [batch, max_pages], position [batch, seq], context [batch]; scale) -> out. A task answers some
 // queries of a row for the heads that share a key head, page by page: the maximum so far scales what
 // was summed before (arXiv:2205.14135).
-static int64_t attention_tasks(const Call& c, int64_t phase) {
+static int64_t attention_tasks(const Call& c, int64_t) {
   const Tensor& query = c[0];
-  return phase ? DONE : query.size[0] * c[1].size[2] * ceil_div(query.size[1], QUERIES);
+  return query.size[0] * c[1].size[2] * ceil_div(query.size[1], QUERIES);
 }
 
 struct Answer {  // to one query of one head, so far
@@ -234,10 +234,10 @@ static void attention(const Call& c, int64_t, int64_t task) {
 }
 
 extern const Kernel ATTENTION[] = {
-    {"rotary", token_tasks, rotary},
-    {"kv_write", write_tasks, kv_write},
-    {"attention", attention_tasks, attention},
-    {nullptr, nullptr, nullptr},
+    {"rotary", 1, token_tasks, rotary},
+    {"kv_write", 1, write_tasks, kv_write},
+    {"attention", 1, attention_tasks, attention},
+    {nullptr, 0, nullptr, nullptr},
 };
 
 }  // namespace qnext

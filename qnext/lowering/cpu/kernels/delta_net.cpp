@@ -13,8 +13,8 @@ constexpr int64_t STATE_ROWS = 64;  // of a head's state, that one task carries 
 
 // short_conv(x [batch, seq, conv], weight [conv, width], window [rows, window, conv], rows, offset,
 // start [batch]) -> y, window in place
-static int64_t conv_tasks(const Call& c, int64_t phase) {
-  return phase ? DONE : ceil_div(c[0].size[2], CHANNELS);
+static int64_t conv_tasks(const Call& c, int64_t) {
+  return ceil_div(c[0].size[2], CHANNELS);
 }
 
 template <class X>
@@ -68,7 +68,7 @@ static void short_conv(const Call& c, int64_t, int64_t task) {
 }
 
 // delta_gates(a, b [batch, seq, hv], A_log, dt_bias [hv], valid [batch, seq]) -> (g, beta)
-static int64_t gate_tasks(const Call& c, int64_t phase) { return phase ? DONE : ceil_div(c[0].rows(), 8); }
+static int64_t gate_tasks(const Call& c, int64_t) { return ceil_div(c[0].rows(), 8); }
 
 static float softplus(float x) { return x > 20 ? x : std::log1p(std::exp(x)); }
 
@@ -93,9 +93,9 @@ static void delta_gates(const Call& c, int64_t, int64_t task) {
 // delta_rule(query, key [batch, seq, hk, dk], value [batch, seq, hv, dv], g, beta [batch, seq, hv],
 // state [slots, hv, dv, dk], slots [batch, writes]; scale) -> out, state in place. A row of a state
 // meets the others nowhere: a task takes a few of them through all tokens.
-static int64_t rule_tasks(const Call& c, int64_t phase) {
+static int64_t rule_tasks(const Call& c, int64_t) {
   const Tensor& value = c[2];
-  return phase ? DONE : value.size[0] * value.size[2] * ceil_div(value.size[3], STATE_ROWS);
+  return value.size[0] * value.size[2] * ceil_div(value.size[3], STATE_ROWS);
 }
 
 // Rows of a state in memory, `apart` from each other.
@@ -198,10 +198,10 @@ static void delta_rule(const Call& c, int64_t, int64_t task) {
 }
 
 extern const Kernel DELTA_NET[] = {
-    {"short_conv", conv_tasks, short_conv},
-    {"delta_gates", gate_tasks, delta_gates},
-    {"delta_rule", rule_tasks, delta_rule},
-    {nullptr, nullptr, nullptr},
+    {"short_conv", 1, conv_tasks, short_conv},
+    {"delta_gates", 1, gate_tasks, delta_gates},
+    {"delta_rule", 1, rule_tasks, delta_rule},
+    {nullptr, 0, nullptr, nullptr},
 };
 
 }  // namespace qnext

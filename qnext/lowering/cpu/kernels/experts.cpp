@@ -11,8 +11,8 @@ constexpr int64_t TOKENS = 8;  // that one task routes, rounds or sums up
 constexpr int64_t ROWS = 32;   // of an expert's weights that one task takes
 
 // route(logits [tokens, experts]; topk, renormalise) -> (weight [tokens, topk], expert [...])
-static int64_t route_tasks(const Call& c, int64_t phase) {
-  return phase ? DONE : ceil_div(c[0].size[0], TOKENS);
+static int64_t route_tasks(const Call& c, int64_t) {
+  return ceil_div(c[0].size[0], TOKENS);
 }
 
 template <class X>
@@ -183,7 +183,7 @@ static int64_t experts_tasks(const Call& c, int64_t phase) {
   Experts e(c, false);
   const int64_t tasks[] = {1, phase == 1 ? e.tasks(e.ffn) : 0, phase == 2 ? e.tasks(e.d) : 0,
                            ceil_div(e.tokens, TOKENS)};
-  return phase < 4 ? tasks[phase] : DONE;
+  return tasks[phase];
 }
 
 static void experts(const Call& c, int64_t phase, int64_t task) {
@@ -207,8 +207,7 @@ static int64_t int8_tasks(const Call& c, int64_t phase) {
     case 1: return e.tasks(e.ffn);
     case 2: return ceil_div(e.pairs, TOKENS);
     case 3: return e.tasks(e.d);
-    case 4: return ceil_div(e.tokens, TOKENS);
-    default: return DONE;
+    default: return ceil_div(e.tokens, TOKENS);
   }
 }
 
@@ -249,10 +248,10 @@ static void int8_experts(const Call& c, int64_t phase, int64_t task) {
 }
 
 extern const Kernel EXPERTS[] = {
-    {"route", route_tasks, route},
-    {"experts", experts_tasks, experts},
-    {"int8_experts", int8_tasks, int8_experts},
-    {nullptr, nullptr, nullptr},
+    {"route", 1, route_tasks, route},
+    {"experts", 4, experts_tasks, experts},
+    {"int8_experts", 5, int8_tasks, int8_experts},
+    {nullptr, 0, nullptr, nullptr},
 };
 
 }  // namespace qnext

@@ -12,7 +12,6 @@ namespace qnext {
 
 enum Kind : int64_t { F32, BF16, I8, I32, I64, BOOL };
 constexpr int MAX_DIMS = 5;
-constexpr int64_t DONE = -1;  // tasks of a phase that a kernel does not have
 
 struct bf16 {
   uint16_t bits;
@@ -72,7 +71,8 @@ struct Call;
 
 struct Kernel {
   const char* name;
-  int64_t (*tasks)(const Call&, int64_t phase);
+  int64_t phases;
+  int64_t (*tasks)(const Call&, int64_t phase);  // once the phases before it have ended
   void (*run)(const Call&, int64_t phase, int64_t task);
 };
 

@@ -1,23 +1,32 @@
 // x w^T, in float and in int8, and the rounding of tokens to int8.
+#include <algorithm>
+
 #include "product.h"
 #include "quantize.h"
 
 namespace qnext {
 
-// Of a weight's rows, those that one task takes.
-static int64_t row_tasks(const Tensor& weight) {
-  return ceil_div(weight.size[0], share(weight.size[0], TILE_ROWS, ROW_BLOCK));
+// Of a weight's rows, those that one task takes: for so many products as take longer than threads
+// need to share them.
+constexpr int64_t PRODUCTS = 8192;
+static int64_t rows_a_task(const Tensor& x, const Tensor& weight) {
+  int64_t each = share(weight.size[0], TILE_ROWS, ROW_BLOCK), products = weight.size[1] * x.rows();
+  int64_t least = ceil_div(PRODUCTS / (products + 1), TILE_ROWS) * TILE_ROWS;
+  return std::min(std::max(each, least), ROW_BLOCK);
 }
-static Span rows_of(const Tensor& weight, int64_t task) {
-  return Span(task, share(weight.size[0], TILE_ROWS, ROW_BLOCK), weight.size[0]);
+static int64_t row_tasks(const Tensor& x, const Tensor& weight) {
+  return ceil_div(weight.size[0], rows_a_task(x, weight));
+}
+static Span rows_of(const Tensor& x, const Tensor& weight, int64_t task) {
+  return Span(task, rows_a_task(x, weight), weight.size[0]);
 }
 
 // linear(x [*batch, n], weight [rows, n]) -> y [*batch, rows]
-static int64_t linear_tasks(const Call& c, int64_t phase) { return phase ? DONE : row_tasks(c[1]); }
+static int64_t linear_tasks(const Call& c, int64_t) { return row_tasks(c[0], c[1]); }
 
 static void linear(const Call& c, int64_t, int64_t task) {
   const Tensor &x = c[0], &weight = c[1], &y = c[2];
-  Span rows = rows_of(weight, task);
+  Span rows = rows_of(x, weight, task);
   with_float(x, [&](auto type) {
     using X = decltype(type);
     product<X, X>(
@@ -31,11 +40,11 @@ static void linear(const Call& c, int64_t, int64_t task) {
 }
 
 // int8_linear(x [*batch, n], x_scale [*batch], weight [rows, n], scale [rows]) -> y [*batch, rows]
-static int64_t int8_tasks(const Call& c, int64_t phase) { return phase ? DONE : row_tasks(c[2]); }
+static int64_t int8_tasks(const Call& c, int64_t) { return row_tasks(c[0], c[2]); }
 
 static void int8_linear(const Call& c, int64_t, int64_t task) {
   const Tensor &x = c[0], &weight = c[2], &y = c[4];
-  Span rows = rows_of(weight, task);
+  Span rows = rows_of(x, weight, task);
   const float *x_scale = c[1].at<float>(), *scale = c[3].at<float>() + rows.begin;
   product<int8_t, int8_t>(
       rows.size(), x.rows(), x.last(), [&](int64_t i) { return weight.at<int8_t>(rows.begin + i); },
@@ -49,8 +58,8 @@ static void int8_linear(const Call& c, int64_t, int64_t task) {
 // quantize_tokens(x [*batch, n]; rounding) -> (q [*batch, n], scale [*batch])
 constexpr int64_t TOKENS = 8;  // that one task rounds
 
-static int64_t quantize_tasks(const Call& c, int64_t phase) {
-  return phase ? DONE : ceil_div(c[0].rows(), TOKENS);
+static int64_t quantize_tasks(const Call& c, int64_t) {
+  return ceil_div(c[0].rows(), TOKENS);
 }
 
 static void quantize_tokens(const Call& c, int64_t, int64_t task) {
@@ -64,10 +73,10 @@ static void quantize_tokens(const Call& c, int64_t, int64_t task) {
 }
 
 extern const Kernel LINEAR[] = {
-    {"linear", linear_tasks, linear},
-    {"int8_linear", int8_tasks, int8_linear},
-    {"quantize_tokens", quantize_tasks, quantize_tokens},
-    {nullptr, nullptr, nullptr},
+    {"linear", 1, linear_tasks, linear},
+    {"int8_linear", 1, int8_tasks, int8_linear},
+    {"quantize_tokens", 1, quantize_tasks, quantize_tokens},
+    {nullptr, 0, nullptr, nullptr},
 };
 
 }  // namespace qnext

@@ -9,8 +9,8 @@ static int64_t rows_a_task(const Tensor& x) {
   return x.last() > 0 && x.last() < NUMBERS ? NUMBERS / x.last() : 1;
 }
 
-static int64_t row_tasks(const Call& c, int64_t phase) {
-  return phase ? DONE : ceil_div(c[0].rows(), rows_a_task(c[0]));
+static int64_t row_tasks(const Call& c, int64_t) {
+  return ceil_div(c[0].rows(), rows_a_task(c[0]));
 }
 
 // f(row) for the rows of a task.
@@ -134,14 +134,14 @@ static void cast(const Call& c, int64_t, int64_t task) {
 }
 
 extern const Kernel NORMS[] = {
-    {"rms_norm", row_tasks, rms_norm},
-    {"gated_rms_norm", row_tasks, gated_rms_norm},
-    {"l2_norm", row_tasks, l2_norm},
-    {"swiglu", row_tasks, swiglu},
-    {"add", row_tasks, add},
-    {"gate", row_tasks, gate},
-    {"cast", row_tasks, cast},
-    {nullptr, nullptr, nullptr},
+    {"rms_norm", 1, row_tasks, rms_norm},
+    {"gated_rms_norm", 1, row_tasks, gated_rms_norm},
+    {"l2_norm", 1, row_tasks, l2_norm},
+    {"swiglu", 1, row_tasks, swiglu},
+    {"add", 1, row_tasks, add},
+    {"gate", 1, row_tasks, gate},
+    {"cast", 1, row_tasks, cast},
+    {nullptr, 0, nullptr, nullptr},
 };
 
 }  // namespace qnext

@@ -47,12 +47,22 @@ class Crew {
  public:
   explicit Crew(int64_t threads) : shares(threads < MOST ? threads : MOST) {}
 
+  bool is_over(uint64_t phase) const { return done.value.load(std::memory_order_acquire) >> SHIFT > phase; }
+
   // Runs tasks of a phase until there are none, and returns when the phase is over.
   template <class Task> void run(uint64_t phase, int64_t tasks, int64_t thread, Task task) {
     uint64_t ran = 0;
     for (int64_t i = 0; i < shares; i++)
       for (int64_t t; (t = take(phase, tasks, (thread + i) % shares)) >= 0; ran++) task(t);
     if (ran || !tasks) finish(phase, ran, tasks);
+    await_end(phase);
+  }
+
+  // Whoever comes first runs `chain`, which returns how many phases from this one on it ran.
+  template <class Chain> void run_alone(uint64_t phase, int64_t thread, Chain chain) {
+    for (int64_t i = 0; i < shares; i++)
+      if (take(phase, 1, (thread + i) % shares) >= 0)
+        done.value.store((phase + chain()) << SHIFT, std::memory_order_release);
     await_end(phase);
   }
 
@@ -67,7 +77,7 @@ class Crew {
     if (int64_t(uint32_t(now)) == tasks) done.value.store(over, std::memory_order_release);
   }
   void await_end(uint64_t phase) {
-    for (int64_t spins = 0; done.value.load(std::memory_order_acquire) >> SHIFT == phase; spins++)
+    for (int64_t spins = 0; !is_over(phase); spins++)
       if (spins < 5000) {
         relax();
       } else {
@@ -76,24 +86,48 @@ class Crew {
   }
 };
 
+struct Place {  // in a list of calls: a phase of one of them
+  const Call* call;
+  int64_t phase;
+
+  int64_t tasks() const { return call->kernel->tasks(*call, phase); }
+  void run(int64_t task) const { call->kernel->run(*call, phase, task); }
+  bool faulty() const { return __atomic_load_n(call->fault, __ATOMIC_RELAXED); }
+  void next() {
+    if (++phase == call->kernel->phases) call++, phase = 0;
+  }
+};
+
 struct Run {
-  const Call* calls;
-  int64_t count;
+  const Call *calls, *end;
   Crew crew;
   std::atomic<int64_t> threads{0};  // that have come
 
   void work() {  // what each thread does
-    uint64_t number = 0;
     int64_t thread = threads.fetch_add(1, std::memory_order_relaxed);
-    for (int64_t i = 0; i < count; i++) {
-      const Call& call = calls[i];
-      for (int64_t phase = 0;; phase++, number++) {
-        int64_t tasks = call.kernel->tasks(call, phase);
-        if (tasks == DONE) break;
-        crew.run(number, tasks, thread, [&](int64_t task) { call.kernel->run(call, phase, task); });
-        if (__atomic_load_n(call.fault, __ATOMIC_RELAXED)) return;
+    uint64_t number = 0;
+    for (Place at{calls, 0}; at.call < end; at.next(), number++) {
+      if (crew.is_over(number)) continue;
+      if (at.faulty()) return;
+      int64_t tasks = at.tasks();
+      if (crew.is_over(number)) continue;  // what they were counted by may be gone
+      if (tasks == 1) {
+        crew.run_alone(number, thread, [&] { return run_chain(at); });
+      } else {
+        crew.run(number, tasks, thread, [&](int64_t task) { at.run(task); });
       }
     }
+  }
+
+ private:
+  // Phases of one task each that follow one another, such as norms of a few tokens, are one task
+  // together: that threads tell each other of a phase's end takes longer than many of them do.
+  uint64_t run_chain(Place at) {
+    uint64_t ran = 0;
+    do {
+      at.run(0), at.next(), ran++;
+    } while (at.call < end && !at.faulty() && at.tasks() == 1);
+    return ran;
   }
 };
 
@@ -120,7 +154,7 @@ void qnext_use(decltype(in_parallel) parallel) { in_parallel = parallel; }
 void qnext_run(const Call* calls, int64_t count, Tensor* tensors, int64_t tensor_count,
                const int64_t* slot, const int64_t* offset, char* const* memory, int64_t threads) {
   for (int64_t i = 0; i < tensor_count; i++) tensors[i].data = memory[slot[i]] + offset[i];
-  Run run{calls, count, Crew(threads)};
+  Run run{calls, calls + count, Crew(threads)};
   if (threads == 1 || !in_parallel) return run.work();
   in_parallel([](void* run) { static_cast<Run*>(run)->work(); }, &run, unsigned(threads), 0);
 }

@@ -1,5 +1,7 @@
 // What lies around the layers: lengths, page numbers, rows of tables, tokens. Little work each, but
 // every one that torch did would end a program and come back to Python.
+#include <algorithm>
+
 #include "kernel.h"
 
 namespace qnext {
@@ -32,7 +34,7 @@ static int64_t spread(const Tensor& t, const Tensor& y, int64_t i) {
   return at;
 }
 
-static int64_t once(const Call&, int64_t phase) { return phase ? DONE : 1; }
+static int64_t once(const Call&, int64_t) { return 1; }
 
 enum Op : int64_t { ADD, SUB, MUL, FLOOR_DIVIDE, REMAINDER, MINIMUM, MAXIMUM, LT, LE, GT, GE, EQ, NE, AND, OR };
 
@@ -108,14 +110,21 @@ static void add_up(const Call& c, int64_t, int64_t) {
 }
 
 // largest(x [*batch, n]) -> index: the first of the greatest; a NaN is greater than all
-static int64_t row_tasks(const Call& c, int64_t phase) { return phase ? DONE : c[0].rows(); }
+static int64_t row_tasks(const Call& c, int64_t) { return c[0].rows(); }
 
 static void largest(const Call& c, int64_t, int64_t row) {
   with_float(c[0], [&](auto type) {
     const auto* x = c[0].row<decltype(type)>(row);
-    int64_t best = 0;
-    for (int64_t i = 1; i < c[0].last() && wide(x[best]) == wide(x[best]); i++)
-      if (!(wide(x[i]) <= wide(x[best]))) best = i;
+    int64_t n = c[0].last(), best = 0;
+    float peak = -INFINITY;
+    bool ordered = true;
+#pragma omp simd reduction(max : peak) reduction(& : ordered)
+    for (int64_t i = 0; i < n; i++) {
+      peak = wide(x[i]) > peak ? wide(x[i]) : peak;
+      ordered &= wide(x[i]) == wide(x[i]);
+    }
+    auto wanted = [&](float number) { return ordered ? number == peak : number != number; };
+    while (!wanted(wide(x[best]))) best++;
     put(c[1], row, best);
   });
 }
@@ -148,22 +157,20 @@ static int64_t rows_a_task(const Tensor& y) {
   int64_t rows = COPIED / (y.last() * bytes(y) + 1);
   return rows > 1 ? rows : 1;
 }
-static int64_t copy_tasks(const Tensor& y, int64_t phase) {
-  return phase ? DONE : ceil_div(y.rows(), rows_a_task(y));
-}
+static int64_t copy_tasks(const Tensor& y) { return ceil_div(y.rows(), rows_a_task(y)); }
 template <class F> static void each_row(const Tensor& y, int64_t task, F f) {
   Span rows(task, rows_a_task(y), y.rows());
   for (int64_t r = rows.begin; r < rows.end; r++) f(r);
 }
 
 // copy(x) -> y, together
-static int64_t clone_tasks(const Call& c, int64_t phase) { return copy_tasks(c[1], phase); }
+static int64_t clone_tasks(const Call& c, int64_t phase) { return copy_tasks(c[1]); }
 static void clone(const Call& c, int64_t, int64_t task) {
   each_row(c[1], task, [&](int64_t r) { copy_row(c[0], c[0].place(r), c[1], c[1].place(r)); });
 }
 
 // write_back(into, values): the memory of `into` holds them
-static int64_t write_back_tasks(const Call& c, int64_t phase) { return copy_tasks(c[0], phase); }
+static int64_t write_back_tasks(const Call& c, int64_t phase) { return copy_tasks(c[0]); }
 static void write_back(const Call& c, int64_t, int64_t task) {
   each_row(c[0], task, [&](int64_t r) { copy_row(c[1], c[1].place(r), c[0], c[0].place(r)); });
 }
@@ -175,19 +182,23 @@ static Tensor part(const Tensor& y, const Tensor& like, int64_t axis, int64_t be
   some.data += begin * y.stride[axis] * bytes(y);
   return some;
 }
-static int64_t join_tasks(const Call& c, int64_t phase) {
-  return phase ? DONE : copy_tasks(c[0], 0) + copy_tasks(c[1], 0);
+static int64_t joined_a_task(const Call& c) { return std::min(rows_a_task(c[0]), rows_a_task(c[1])); }
+static int64_t join_tasks(const Call& c, int64_t) {
+  return ceil_div(c[0].rows() + c[1].rows(), joined_a_task(c));
 }
 static void join(const Call& c, int64_t, int64_t task) {
-  int64_t first = copy_tasks(c[0], 0), axis = c.integer(0);
-  const Tensor& from = task < first ? c[0] : c[1];
-  Tensor to = part(c[2], from, axis, task < first ? 0 : c[0].size[axis]);
-  each_row(from, task < first ? task : task - first,
-           [&](int64_t r) { copy_row(from, from.place(r), to, to.place(r)); });
+  int64_t axis = c.integer(0), first = c[0].rows();
+  Tensor to[] = {part(c[2], c[0], axis, 0), part(c[2], c[1], axis, c[0].size[axis])};
+  Span rows(task, joined_a_task(c), first + c[1].rows());
+  for (int64_t r = rows.begin; r < rows.end; r++) {
+    int which = r >= first;
+    int64_t row = which ? r - first : r;
+    copy_row(c[which], c[which].place(row), to[which], to[which].place(row));
+  }
 }
 
 // rows(x [n, d], index [*batch]) -> y [*batch, d]
-static int64_t rows_tasks(const Call& c, int64_t phase) { return copy_tasks(c[2], phase); }
+static int64_t rows_tasks(const Call& c, int64_t phase) { return copy_tasks(c[2]); }
 static void rows(const Call& c, int64_t, int64_t task) {
   each_row(c[2], task, [&](int64_t r) {
     int64_t at = 0, left = r;  // r in order, over the axes of the index
@@ -200,13 +211,16 @@ static void rows(const Call& c, int64_t, int64_t task) {
   });
 }
 
-// pick(x, index; axis) -> y: number index[.., i, ..] of an axis of x; of the shape of the index
-static int64_t pick_tasks(const Call& c, int64_t phase) { return copy_tasks(c[2], phase); }
+// pick(x, index; axis) -> y: number index[.., i, ..] of an axis of x; the index is spread over the
+// other axes, and where it is over the last one it picks whole rows
+static int64_t pick_tasks(const Call& c, int64_t phase) { return copy_tasks(c[2]); }
 static void pick(const Call& c, int64_t, int64_t task) {
   const Tensor &x = c[0], &index = c[1], &y = c[2];
-  int64_t axis = c.integer(0), size = bytes(y);
+  int64_t axis = c.integer(0), size = bytes(y), last = y.dims - 1;
+  bool spread_last = axis != last && index.size[last] == 1 && x.stride[last] == 1;
+  int64_t together = spread_last ? y.last() : 1;
   each_row(y, task, [&](int64_t r) {
-    for (int64_t i = 0; i < y.last(); i++) {
+    for (int64_t i = 0; i < y.last(); i += together) {
       int64_t number = r * y.last() + i, at = 0, left = number;
       for (int64_t d = y.dims - 1; d >= 0; d--) {
         if (d != axis) at += left % y.size[d] * x.stride[d];
@@ -214,7 +228,7 @@ static void pick(const Call& c, int64_t, int64_t task) {
       }
       int64_t from = whole(index, spread(index, y, number));
       if (!c.within(from, x.size[axis])) return;
-      std::memcpy(y.data + number * size, x.data + (at + from * x.stride[axis]) * size, size);
+      std::memcpy(y.data + number * size, x.data + (at + from * x.stride[axis]) * size, together * size);
     }
   });
 }
@@ -232,19 +246,19 @@ static void put_rows(const Call& c, int64_t, int64_t) {
 }
 
 extern const Kernel SMALL[] = {
-    {"compute", once, compute},
-    {"choose", once, choose},
-    {"convert", once, convert},
-    {"add_up", once, add_up},
-    {"largest", row_tasks, largest},
-    {"finite", row_tasks, finite},
-    {"copy", clone_tasks, clone},
-    {"write_back", write_back_tasks, write_back},
-    {"join", join_tasks, join},
-    {"rows", rows_tasks, rows},
-    {"pick", pick_tasks, pick},
-    {"put_rows", once, put_rows},
-    {nullptr, nullptr, nullptr},
+    {"compute", 1, once, compute},
+    {"choose", 1, once, choose},
+    {"convert", 1, once, convert},
+    {"add_up", 1, once, add_up},
+    {"largest", 1, row_tasks, largest},
+    {"finite", 1, row_tasks, finite},
+    {"copy", 1, clone_tasks, clone},
+    {"write_back", 1, write_back_tasks, write_back},
+    {"join", 1, join_tasks, join},
+    {"rows", 1, rows_tasks, rows},
+    {"pick", 1, pick_tasks, pick},
+    {"put_rows", 1, once, put_rows},
+    {nullptr, 0, nullptr, nullptr},
 };
 
 }  // namespace qnext
