@@ -1,5 +1,6 @@
 """Leaves that are pages of files: the same values as those that are read, wherever runs lie."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 import qnext as qn
 from qnext.functional.checkpoint import mapped
-from qnext.functional.checkpoint.mapped import PAGE, Run, map_leaf, mappable
+from qnext.functional.checkpoint.mapped import PAGE, Pages, Run, mappable
 from qnext.functional.checkpoint.read import examine
 from qnext.functional.config import ATTENTION
 from qnext.functional.tree import leaves_with_paths
@@ -139,9 +140,12 @@ def test_a_leaf_is_its_runs(tmp_path: Path, runs: list[tuple[int, int, int]], le
     file = tmp_path / "bytes"
     file.write_bytes(bytes(BYTES.view(torch.uint8).tolist()))
     spec = torch.empty(length, dtype=torch.int8, device="meta")
-    leaf = map_leaf(spec, [Run(file, *run) for run in runs])
+    told = list[int]()
+    with Pages() as pages:
+        leaf = pages.leaf(spec, [Run(file, *run) for run in runs])
+        pages.bring_in(told.append)
     want = torch.cat([BYTES[begin : begin + nbytes] for begin, _, nbytes in runs])
-    assert leaf.equal(want)
+    assert leaf.equal(want) and sum(told) == length
 
 
 @pytest.mark.parametrize("missing", [1, 3 * PAGE], ids=["its end", "whole pages"])
@@ -149,8 +153,38 @@ def test_a_file_cut_off_meanwhile_is_an_error(tmp_path: Path, missing: int) -> N
     file = tmp_path / "bytes"
     file.write_bytes(bytes(5 * PAGE - missing))
     spec = torch.empty(5 * PAGE - 8, dtype=torch.int8, device="meta")
-    with pytest.raises(qn.CheckpointError, match="bytes ends within a tensor: it became shorter"):
-        map_leaf(spec, [Run(file, 8, 0, 5 * PAGE - 8)])
+    shorter = "bytes ends within a tensor: it became shorter"
+    with Pages() as pages, pytest.raises(qn.CheckpointError, match=shorter):
+        pages.leaf(spec, [Run(file, 8, 0, 5 * PAGE - 8)])
+
+
+@pytest.mark.parametrize("missing", [1, 3 * PAGE], ids=["its end", "whole pages"])
+def test_a_file_cut_off_before_its_pages_come_is_an_error(tmp_path: Path, missing: int) -> None:
+    file = tmp_path / "bytes"
+    file.write_bytes(bytes(5 * PAGE))
+    spec = torch.empty(5 * PAGE - 8, dtype=torch.int8, device="meta")
+    with Pages() as pages:
+        pages.leaf(spec, [Run(file, 8, 0, 5 * PAGE - 8)])
+        os.truncate(file, 5 * PAGE - missing)
+        with pytest.raises(
+            qn.CheckpointError, match=r"bytes (cannot be read|ends within).*shorter"
+        ):
+            pages.bring_in(lambda nbytes: None)
+
+
+def test_leaves_of_several_files_come_together(tmp_path: Path) -> None:
+    spec = torch.empty(6 * PAGE, dtype=torch.int8, device="meta")
+    leaves, files = [], [tmp_path / name for name in ("b", "a")]
+    for number, file in enumerate(files):
+        file.write_bytes(bytes(BYTES.roll(number).view(torch.uint8).tolist()))
+    with Pages() as pages:
+        for first, second in ((0, 1), (1, 0)):
+            half = [Run(files[first], PAGE, 0, 3 * PAGE), Run(files[second], 0, 3 * PAGE, 3 * PAGE)]
+            leaves.append(pages.leaf(spec, half))
+        pages.bring_in(lambda nbytes: None)
+    for leaf, (first, second) in zip(leaves, ((0, 1), (1, 0)), strict=True):
+        want = [BYTES.roll(first)[PAGE : 4 * PAGE], BYTES.roll(second)[: 3 * PAGE]]
+        assert leaf.equal(torch.cat(want))
 
 
 def test_numbers_that_begin_at_odd_bytes_are_read(tmp_path: Path, eager: list[str]) -> None:

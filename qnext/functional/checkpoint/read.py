@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from qnext.errors import CheckpointError, InputError
 from qnext.functional.checkpoint.formats import announced
-from qnext.functional.checkpoint.mapped import Run, map_leaf, mappable
+from qnext.functional.checkpoint.mapped import Pages, Run, mappable
 from qnext.functional.checkpoint.plan import Part, offset_of, plan, scale_of
 from qnext.functional.checkpoint.shards import FLOATS, Stored, inventory, refusal
 from qnext.functional.checkpoint.stream import Reader, rows_at_once
@@ -61,7 +61,6 @@ def load(
         reader, brought, wrong = Reader(stored), dict[str, Tensor](), list[str]()
         for path, pieces, finite in _leaves(part, check_finite):
             if path in runs:
-                brought[path] = map_leaf(specs[path], runs[path])
                 continue
             spec = specs[path]  # `empty_like` of a meta tensor would import sympy: a second
             brought[path] = torch.empty(spec.shape, dtype=spec.dtype, device=device)
@@ -74,8 +73,12 @@ def load(
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="load", disable=hidden) as bar,
         ThreadPoolExecutor(READERS) as readers,
+        Pages() as pages,
     ):
-        for brought, lines in readers.map(bring, parts):
+        leaves |= {name: pages.leaf(specs[name], runs[name]) for name in runs}
+        others = readers.map(bring, parts)
+        pages.bring_in(bar.update)
+        for brought, lines in others:
             bar.update(sum(leaf.nbytes for leaf in brought.values()))
             leaves |= brought
             wrong += lines

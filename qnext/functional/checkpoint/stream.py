@@ -9,50 +9,42 @@ import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from qnext.errors import CheckpointError
 from qnext.functional.checkpoint.shards import DTYPES, Stored, headers
 
-MAPPED_AT_ONCE = 32 << 20  # bytes of a shard touched before it is unmapped again
 READ_AT_ONCE = 8 << 20  # bytes of a tensor read together
 
 
 class Reader:
-    """Rows of stored tensors. Shards are unmapped often: mapped pages count as memory in use."""
+    """Rows of stored tensors. No mapping: its pages would count as memory in use."""
 
     def __init__(self, stored: Mapping[str, Stored]) -> None:
         self._stored = stored
-        self._file: Path | None = None
-        self._shard: Any = None
-        self._touched = 0
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
-        """Rows begin..end of a tensor."""
-        file = self._stored[name].file
-        if self._shard is None or file != self._file or self._touched > MAPPED_AT_ONCE:
-            self._shard, self._file, self._touched = safe_open(file, framework="pt"), file, 0
-        rows: Tensor = self._shard.get_slice(name)[begin:end]
-        self._touched += rows.nbytes
+        """Rows begin..end of a tensor, or as many as there are."""
+        stored = self._stored[name]
+        count, *rest = stored.shape
+        rows = torch.empty((min(end, count) - begin, *rest), dtype=DTYPES[stored.dtype])
+        self.read(name, begin, rows)
         return rows
 
     def read(self, name: str, begin: int, out: Tensor) -> bool:
-        """Fill `out` with the rows from `begin` on; False where it cannot hold them as stored.
-
-        No mapping: no page of the file needs a place in this process's memory first.
-        """
+        """Fill `out` with the rows from `begin` on; False where it cannot hold them as stored."""
         stored = self._stored[name]
         as_stored = out.dtype == DTYPES.get(stored.dtype)
         if not (as_stored and out.device.type == "cpu" and out.is_contiguous()):
             return False
-        at = stored.begin + begin * (stored.nbytes // stored.shape[0])
+        row_bytes = stored.nbytes // max(stored.shape[0], 1)
         memory = out.view(torch.uint8).numpy().data.cast("B")
         with stored.file.open("rb", buffering=0) as file:
-            file.seek(at)
+            file.seek(stored.begin + begin * row_bytes)
             while memory and (count := file.readinto(memory)):
                 memory = memory[count:]
         if memory:
