@@ -110,14 +110,11 @@ class Draws:
         self.newest = drawn
         return self._told(logits[:, None], drawn[:, None], [1] * len(self._rows))
 
-    def speculate(
-        self, steps: Steps, near: State, drafted: int, real: Tensor
-    ) -> tuple[State, list[Drawn]]:
+    def speculate(self, steps: Steps, near: State, drafted: int) -> tuple[State, list[Drawn]]:
         """`functional.speculate` on the compiled steps, halting at tokens that end a row."""
-        near = near._replace(capacity=near.capacity * real)
         if self._plain:
-            drawn, kept, finite, near = steps("ahead", near, self.newest, drafted, self._ends)
-            self.newest = newest(drawn, kept).where(kept > 0, self.newest)
+            given = (near, self.newest, drafted, self._ends)
+            drawn, kept, self.newest, finite, near = steps("ahead", *given)
             lists = (drawn.tolist(), kept.tolist(), finite.tolist())
             each = zip(self._rows, *lists, strict=False)
             return near, [Drawn(tuple(made[:count]), good, ()) for _, made, count, good in each]

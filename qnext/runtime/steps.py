@@ -12,7 +12,7 @@ from qnext.functional.blocks import unembed
 from qnext.functional.model import decode, trunk
 from qnext.functional.params import Params
 from qnext.functional.sampling import Drawing, Knobs, choose
-from qnext.functional.speculate import draft, judge, verify_line
+from qnext.functional.speculate import draft, judge, newest, verify_line
 from qnext.functional.state import State
 from qnext.functional.tree import place
 from qnext.functional.verify import rewound
@@ -73,11 +73,17 @@ def draw_ahead(
     drafted: int,
     ends: Int64[Tensor, "batch ends"],
 ) -> tuple[
-    Int64[Tensor, "batch seq"], Int[Tensor, " batch"], Bool[Tensor, " batch"], Shaped[State]
+    Int64[Tensor, "batch seq"],
+    Int[Tensor, " batch"],
+    Int64[Tensor, " batch"],
+    Bool[Tensor, " batch"],
+    Shaped[State],
 ]:
-    """`speculate`, the likeliest tokens, up to one of `ends`: drawn, how many, finite, the state.
+    """`speculate`, the likeliest tokens, up to one of `ends`.
 
-    A row that draws one of its ends (-2 is none) gives back what it consumed after it, and rests.
+    Returns what was drawn, how many tokens count, the token to consume next, whether logits are
+    finite, and the state. A row that draws one of its ends (-2 is none) gives back what it consumed
+    after it, and rests.
     """
     guesses, state = draft(params, state, tokens, drafted)
     line = torch.cat([tokens[:, None], guesses], dim=1)
@@ -86,7 +92,8 @@ def draw_ahead(
     kept, after = halted(after, drawn, count, ends)
     at = torch.arange(drawn.shape[1], dtype=kept.dtype, device=drawn.device)
     drawn = drawn.where(at < kept[:, None], -1)
-    return drawn, kept, _finite(logits, drawn), after
+    following = newest(drawn, kept).where(kept > 0, tokens)
+    return drawn, kept, following, _finite(logits, drawn), after
 
 
 def halted(

@@ -157,14 +157,21 @@ class Worker:
         self.state = self.state._replace(block_table=table)
 
     def _decode(self, rows: tuple[int, ...], done: Done) -> None:
-        near = self._focus(rows)
-        real = torch.arange(near.batch, device=near.lengths.device) < len(rows)
+        near = self._resting(self._focus(rows), len(rows))
         if self.drafted:
-            near, drawn = self.draws.speculate(self.steps, near, self.drafted, real)
+            near, drawn = self.draws.speculate(self.steps, near, self.drafted)
         else:
             near, drawn = self.draws.decode(self.steps, near)
-        self._near = near._replace(lengths=near.lengths * real)  # padding stays on scratch
+        self._near = near
         done.drawn |= zip(rows, drawn, strict=True)
+
+    def _resting(self, near: State, rows: int) -> State:
+        """With rows of padding where they began, on scratch; where rows guess they have no room."""
+        if near.batch == rows:
+            return near
+        real = torch.arange(near.batch, device=near.lengths.device) < rows
+        near = near._replace(lengths=near.lengths * real)
+        return near._replace(capacity=near.capacity * real) if self.drafted else near
 
     def _groups(self, pieces: Sequence[Piece]) -> list[list[Piece]]:
         """Pieces that share a call: of one bucket's length, in as large batches as there are."""

@@ -8,14 +8,17 @@ namespace qnext {
 
 template <int N> using Number = std::integral_constant<int, N>;  // of rows, to choose code by
 
-constexpr int64_t CHANNELS = 256;  // of the convolution, that one task takes
+constexpr int64_t CHANNELS = 256;  // of the convolution, that one task takes, or a multiple
+constexpr int64_t PRODUCTS = 8192;  // that one task makes at least
 constexpr int64_t STATE_ROWS = 64;  // of a head's state, that one task carries through time
 
 // short_conv(x [batch, seq, conv], weight [conv, width], window [rows, window, conv], rows, offset,
 // start [batch]) -> y, window in place
-static int64_t conv_tasks(const Call& c, int64_t) {
-  return ceil_div(c[0].size[2], CHANNELS);
+static int64_t channels_a_task(const Call& c) {
+  int64_t each = c[0].rows() * c[1].size[1];  // products of a channel
+  return ceil_div(ceil_div(PRODUCTS, each > 0 ? each : 1), CHANNELS) * CHANNELS;
 }
+static int64_t conv_tasks(const Call& c, int64_t) { return ceil_div(c[0].size[2], channels_a_task(c)); }
 
 template <class X>
 static void conv_row(const Call& c, int64_t b, Span channels, const std::vector<float>& taps_first) {
@@ -54,7 +57,7 @@ static void conv_row(const Call& c, int64_t b, Span channels, const std::vector<
 
 static void short_conv(const Call& c, int64_t, int64_t task) {
   const Tensor &x = c[0], &weight = c[1];
-  Span channels(task, CHANNELS, x.size[2]);
+  Span channels(task, channels_a_task(c), x.size[2]);
   int64_t taps = weight.size[1], n = channels.end - channels.begin;
   std::vector<float> taps_first(taps * n);
   with_float(weight, [&](auto type) {
