@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 import qnext as qn
+from qnext.functional import ops
 from qnext.functional.quantize import quantize
 from qnext.functional.tree import is_fake, leaves, leaves_with_paths, map_leaves, rebuild
 from qnext.lowering.compiled import Compiled
 from qnext.lowering.cpu import build
 from qnext.lowering.cpu.program import Step
+from tests.lowering.test_cpu_kernels import threads
 from tests.samples import ODD, relative_rms
 from tests.sequences import BATCH, CLOSE, HARSH, model, started, words
 
@@ -303,6 +305,30 @@ def test_two_threads_at_once(kind: str, hurried: None) -> None:
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(work, job) for job in (0, 1)]:
             done.result()
+
+
+def test_threads_that_come_late_find_nothing_to_do() -> None:
+    """With more threads than cores somebody loses its core between any two things that it does.
+
+    When it goes on, others may be phases ahead, and what tasks were counted by overwritten.
+    """
+
+    def layers(x: Tensor, expert: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        for _ in range(12):
+            x = ops.experts(x=x, expert=expert, weight=weight, gate_up=gate_up, down=down)
+            wide = torch.nn.functional.linear(x, gate_up.flatten(0, 1))  # where experts worked
+            x = ops.l2_norm(x=wide[:, :40] + x, eps=1e-6)
+        return x
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 40), (3, 2), (7, 2 * 70, 40), (7, 40, 70))
+    x, weight, gate_up, down = (torch.randn(shape, generator=generator) for shape in shapes)
+    given = (x, torch.tensor([[0, 5], [2, 5], [6, 1]]), weight, gate_up, down)
+    step = compiled(layers, *given)
+    alone = step(*given)
+    with threads(8):
+        for _ in range(1500):
+            assert torch.equal(step(*given), alone)
 
 
 # ---- as users call it
