@@ -8,7 +8,9 @@
 namespace qnext {
 
 constexpr int64_t TOKENS = 8;  // that one task routes, rounds or sums up
-constexpr int64_t ROWS = 32;   // of an expert's weights that one task takes
+// Of an expert's weights, rows that one task takes: as many as a block of products has, of which the
+// first product makes two a row of its result.
+constexpr int64_t UP_ROWS = ROW_BLOCK / 2, DOWN_ROWS = ROW_BLOCK;
 
 // route(logits [tokens, experts]; topk, renormalise) -> (weight [tokens, topk], expert [...])
 static int64_t route_tasks(const Call& c, int64_t) {
@@ -100,16 +102,18 @@ struct Experts {
   int8_t* token_q() const { return reinterpret_cast<int8_t*>(pair_scale() + pairs); }
   int8_t* pair_q() const { return token_q() + tokens * d; }
 
-  // Tasks of a product whose weights have so many rows: a block of rows of one expert each.
-  int64_t tasks(int64_t rows) const { return *groups().hits * ceil_div(rows, ROWS); }
+  // Tasks of a product whose weights have n rows: some of them, of one expert, in each.
+  int64_t tasks(int64_t n, int64_t rows) const { return *groups().hits * ceil_div(n, rows); }
 };
 
 struct Part {  // of an expert's work: some of its rows, for all the pairs that want it
   int64_t expert, first, count;
   Span rows;
-  Part(const Groups& g, int64_t task, int64_t n)
-      : expert(g.expert[task / ceil_div(n, ROWS)]), first(g.first[task / ceil_div(n, ROWS)]),
-        count(g.first[task / ceil_div(n, ROWS) + 1] - first), rows(task % ceil_div(n, ROWS), ROWS, n) {}
+  Part(const Groups& g, int64_t task, int64_t n, int64_t each)
+      : rows(task % ceil_div(n, each), each, n) {
+    int64_t hit = task / ceil_div(n, each);
+    expert = g.expert[hit], first = g.first[hit], count = g.first[hit + 1] - first;
+  }
 };
 
 // Where the scales of a part's expert begin, if there are any.
@@ -122,7 +126,7 @@ static int64_t first_scale(const Tensor* scale, const Part& part) {
 template <class I, class W, class X, class Token, class Real>
 static void up(const Experts& e, int64_t task, Token token, Real real) {
   Groups g = e.groups();
-  Part part(g, task, e.ffn);
+  Part part(g, task, e.ffn, UP_ROWS);
   int64_t width = part.rows.size(), begin = part.rows.begin;
   const W* weights = e.gate_up.at<W>(part.expert);
   product<W, X>(
@@ -146,7 +150,7 @@ static void up(const Experts& e, int64_t task, Token token, Real real) {
 template <class W, class X, class Token, class Real>
 static void down(const Experts& e, int64_t task, Token token, Real real) {
   Groups g = e.groups();
-  Part part(g, task, e.d);
+  Part part(g, task, e.d, DOWN_ROWS);
   const W* weights = e.down.at<W>(part.expert);
   product<W, X>(
       part.rows.size(), part.count, e.ffn,
@@ -181,9 +185,12 @@ template <class X> static void combine(const Experts& e, int64_t task) {
 // experts(x, expert, weight, gate_up, down) -> y, workspace
 static int64_t experts_tasks(const Call& c, int64_t phase) {
   Experts e(c, false);
-  const int64_t tasks[] = {1, phase == 1 ? e.tasks(e.ffn) : 0, phase == 2 ? e.tasks(e.d) : 0,
-                           ceil_div(e.tokens, TOKENS)};
-  return tasks[phase];
+  switch (phase) {
+    case 0: return 1;
+    case 1: return e.tasks(e.ffn, UP_ROWS);
+    case 2: return e.tasks(e.d, DOWN_ROWS);
+    default: return ceil_div(e.tokens, TOKENS);
+  }
 }
 
 static void experts(const Call& c, int64_t phase, int64_t task) {
@@ -204,9 +211,9 @@ static int64_t int8_tasks(const Call& c, int64_t phase) {
   Experts e(c, true);
   switch (phase) {
     case 0: return 1 + ceil_div(e.tokens, TOKENS);
-    case 1: return e.tasks(e.ffn);
+    case 1: return e.tasks(e.ffn, UP_ROWS);
     case 2: return ceil_div(e.pairs, TOKENS);
-    case 3: return e.tasks(e.d);
+    case 3: return e.tasks(e.d, DOWN_ROWS);
     default: return ceil_div(e.tokens, TOKENS);
   }
 }
