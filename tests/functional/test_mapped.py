@@ -172,6 +172,55 @@ def test_a_file_cut_off_before_its_pages_come_is_an_error(tmp_path: Path, missin
             pages.bring_in(lambda nbytes: None)
 
 
+def resident(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's pages that have a place in this process, from /proc/self/smaps."""
+    begin, found, inside = tensor.data_ptr(), 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(end, 16) for end in first.split("-"))
+            inside = low < begin + tensor.nbytes and high > begin
+        elif inside and first == "Rss:":
+            found += int(rest.split()[0]) << 10
+    return found
+
+
+def test_rows_come_when_they_are_asked_for(tmp_path: Path) -> None:
+    """Of 16 MB; what the system brings along with a page is its affair, but not all."""
+    size = 16 << 20
+    file, told = tmp_path / "bytes", list[int]()
+    file.write_bytes(bytes(BYTES[:251].view(torch.uint8).tolist()) * (size // 251 + 1))
+    spec = torch.empty(size, dtype=torch.int8, device="meta")
+    with Pages() as pages:
+        rows, whole = (pages.leaf(spec, [Run(file, 8, 0, size)], kind) for kind in (True, False))
+        pages.bring_in(told.append)
+    assert sum(told) == 2 * size and resident(whole) >= size - 2 * PAGE
+    assert resident(rows) < size // 4
+    assert rows[5 * PAGE : 5 * PAGE + 9].equal(whole[5 * PAGE : 5 * PAGE + 9])
+    assert resident(rows) < size // 2
+    assert rows.equal(whole) and resident(rows) >= size - 2 * PAGE
+
+
+def test_the_embedding_is_mapped_by_rows_unless_it_is_the_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = dict[bool, list[bool]]()
+
+    class Told(Pages):
+        def leaf(self, spec: torch.Tensor, runs: list[Run], by_rows: bool = False) -> torch.Tensor:
+            kinds.setdefault(tied, []).append(by_rows)
+            return super().leaf(spec, runs, by_rows)
+
+    monkeypatch.setattr("qnext.functional.checkpoint.read.Pages", Told)
+    monkeypatch.setattr(mapped, "SMALLEST_LEAF", 1)
+    monkeypatch.setattr(mapped, "SMALLEST_RUN", 1)
+    for tied in (False, True):
+        name = "tied" if tied else "base"
+        oracle(name).save_pretrained(tmp_path / name)
+        qn.load(tmp_path / name, mapped=True)
+    assert sum(kinds[False]) == 1 and sum(kinds[True]) == 0 and len(kinds[True]) > 3
+
+
 def test_leaves_of_several_files_come_together(tmp_path: Path) -> None:
     spec = torch.empty(6 * PAGE, dtype=torch.int8, device="meta")
     leaves, files = [], [tmp_path / name for name in ("b", "a")]

@@ -79,6 +79,7 @@ class Pages:
         self._files: dict[Path, FileIO] = {}
         self._shown: list[_Shown] = []
         self._ends: list[_Shown] = []  # of runs, within pages that others share
+        self._left = 0  # bytes that come when they are asked for
 
     def __enter__(self) -> "Pages":
         return self
@@ -87,36 +88,40 @@ class Pages:
         for file in self._files.values():
             file.close()
 
-    def leaf(self, spec: Tensor, runs: list[Run]) -> Tensor:
+    def leaf(self, spec: Tensor, runs: list[Run], by_rows: bool = False) -> Tensor:
         """A tensor like `spec` whose memory is these runs of files; writing to it changes no file.
 
-        Raises CheckpointError where a file is shorter than its header says.
+        With `by_rows` pages come one by one, when a row of theirs is asked for, and those that
+        nobody asks for never do. Raises CheckpointError where a file is shorter than its header
+        says.
         """
         shift = _shift(runs[0])
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        region = mmap.mmap(
-            -1, shift + spec.nbytes, flags=private
-        )  # goes as a whole, with its tensor
+        # goes as a whole, with its tensor
+        region = mmap.mmap(-1, shift + spec.nbytes, flags=private)
         leaf = torch.frombuffer(region, dtype=spec.dtype, count=spec.numel(), offset=shift)
-        for run in runs:
-            self._show(run, leaf.data_ptr() + run.at)
+        pages = [shown for run in runs if (shown := self._show(run, leaf.data_ptr() + run.at))]
+        if by_rows:
+            self._left += sum(shown.nbytes for shown in pages)
+        else:
+            self._shown += pages
         return leaf.view(spec.shape)
 
-    def _show(self, run: Run, address: int) -> None:
-        """Put the whole pages of a run at their address, and note the rest."""
+    def _show(self, run: Run, address: int) -> _Shown | None:
+        """Put the whole pages of a run, if it has any, at their address, and note the rest."""
         file = self._file(run)
         end = address + run.nbytes
         first, last = -(-address // PAGE) * PAGE, end // PAGE * PAGE
         if first >= last:
             self._ends.append(_Shown(file, run.begin, address, run.nbytes))
-            return
+            return None
         pages = _Shown(file, run.begin + first - address, first, last - first)
         access, how = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | MAP_FIXED
         if _libc().mmap(first, pages.nbytes, access, how, file.fileno(), pages.begin) != first:
             raise CheckpointError(f"{run.file} cannot be mapped: {os.strerror(ctypes.get_errno())}")
-        self._shown.append(pages)
         self._ends.append(_Shown(file, run.begin, address, first - address))
         self._ends.append(_Shown(file, pages.begin + pages.nbytes, last, end - last))
+        return pages
 
     def _file(self, run: Run) -> FileIO:
         if run.file not in self._files:
@@ -127,10 +132,12 @@ class Pages:
         return file
 
     def bring_in(self, told: Callable[[int], object]) -> None:
-        """Read all pages: later an error would be a signal. `told` is given bytes that are there.
+        """Read all pages but those of rows: later an error would be a signal.
 
-        Raises CheckpointError for an unreadable or shorter file.
+        `told` is given the bytes that are there. Raises CheckpointError for an unreadable or
+        shorter file.
         """
+        told(self._left)
         order = {file: number for number, file in enumerate(self._files.values())}
         bring = _libc(ctypes.CDLL).madvise
         for file, _, address, nbytes in sorted(self._shown, key=lambda s: (order[s.file], s.begin)):

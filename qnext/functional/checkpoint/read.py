@@ -38,13 +38,16 @@ def load(
 
     Int8 matrices, as compressed-tensors (`int-quantized`) or ModelSlim (W8A8_DYNAMIC) store them,
     become `Quantized` leaves. Rows are read where they belong, so that peak memory stays near the
-    model's size. With `mapped` large leaves stored as they are needed are, for the CPU on Linux,
-    pages of the files instead (copy on write): sooner there, but nobody may change the files in
-    place while the params live, and eager PyTorch's last bits may be others, as they depend on
-    where in a cache line a matrix begins. `dtype` converts floating tensors (default: as stored;
-    `A_log`, `dt_bias` and scales stay float32); `check_finite` reads all and also refuses NaN and
-    infinity; `progress` shows a bar (default: on a terminal). Raises ConfigError for the config,
-    CheckpointError listing everything else that is wrong.
+    model's size. `dtype` converts floating tensors (default: as stored; `A_log`, `dt_bias` and
+    scales stay float32); `check_finite` reads all and also refuses NaN and infinity; `progress`
+    shows a bar (default: on a terminal). Raises ConfigError for the config, CheckpointError listing
+    everything else that is wrong.
+
+    With `mapped` large leaves stored as they are needed are, for the CPU on Linux, pages of the
+    files instead (copy on write): sooner there, and of an embedding only the rows that are asked
+    for. But nobody may change the files in place while the params live, a disk that cannot give
+    such a row ends the process, and eager PyTorch's last bits may be others, as they depend on
+    where in a cache line a matrix begins.
     """
     path, device = Path(path), torch.device(device or "cpu")
     if dtype is not None and dtype not in FLOATS.values():
@@ -75,7 +78,8 @@ def load(
         ThreadPoolExecutor(READERS) as readers,
         Pages() as pages,
     ):
-        leaves |= {name: pages.leaf(specs[name], runs[name]) for name in runs}
+        by_rows = () if config.tie_word_embeddings else (".embed",)  # tied, it is the head as well
+        leaves |= {name: pages.leaf(specs[name], runs[name], name in by_rows) for name in runs}
         others = readers.map(bring, parts)
         pages.bring_in(bar.update)
         for brought, lines in others:
