@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import qnext as qn
 from qnext.bench.steps.roofline import bandwidth, decode_bytes
+from qnext.functional.tree import map_with_paths
 
 MID = {
     "vocab_size": 32_768,
@@ -47,9 +48,19 @@ Times = tuple[float, float]  # seconds: prefill, median decode step
 
 
 def checkpoint(path: Path) -> Path:
-    """The mid checkpoint, made if it is not there."""
+    """The mid checkpoint, made if it is not there.
+
+    Embeddings and routers are as large as trained ones: of the usual random ones, routers choose
+    other experts at any rounding, and no two precisions could be compared.
+    """
     if not (path / "config.json").exists():
-        qn.save(qn.init_params(qn.Config.from_hf(MID), seed=0), path)
+
+        def trained(name: str, leaf: torch.Tensor) -> torch.Tensor:
+            size = {"embed": 50, "router": 3}.get(name.rpartition(".")[2], 1)
+            return leaf * size if size > 1 else leaf
+
+        params = qn.init_params(qn.Config.from_hf(MID), seed=0)
+        qn.save(map_with_paths(trained, params), path)
     return path
 
 

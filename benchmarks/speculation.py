@@ -11,6 +11,7 @@ anything. Rounds go through all widths in turn.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -37,6 +38,7 @@ def answers(
     params: qn.Params, prompts: Sequence[Sequence[int]], draft: int, target: str
 ) -> tuple[float, int, Acceptance]:
     """(seconds from the first piece of text to the last, tokens in between, acceptance)."""
+    gc.collect()  # engines of before; in between it would be a tenth of a second of this
     began, at_first, total, made = 0.0, 0, Acceptance(), [0] * len(prompts)
     given = (params, qn.tokenizer(), prompts, 96)
     for piece in complete(*given, stops=STOPS, draft=draft, target=target):
