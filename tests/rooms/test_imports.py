@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         *("qnext.functional", "qnext.lowering", "qnext.runtime", "qnext.text"),
     },
     "qnext.handoff": {"torch", "qnext.errors", "qnext.handoff"},
+    "qnext.handoff.layout": {"torch", "qnext.functional", "qnext.runtime"},
     "qnext.handoff.group": {"torch", "torch_npu", "qnext.errors", "qnext.handoff"},
     "qnext.handoff.mooncake": {"torch", "mooncake", "qnext.errors", "qnext.handoff"},
     "qnext.bench": {"numpy", "tqdm", "qnext.bench", "qnext.embedded", "qnext.errors"},

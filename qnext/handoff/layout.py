@@ -1,0 +1,143 @@
+"""A sequence's value as bytes: what lies where, the same for who sends it and who gets it.
+
+One region of a pool holds one value: its tensors one after the other, as `Kept` counts them. Keys
+and values of page i of a tensor are its i-th part, so that pages can go ahead of the states.
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qnext.functional.state import KV, Delta, Mtp, State
+from qnext.functional.tree import leaves_with_paths, rebuild
+from qnext.runtime.kept import Kept
+
+ALIGNMENT = 64  # bytes: a cache line, and more than any dtype
+PAGED = ("key", "value")  # tensors of which a page of tokens has a part
+
+
+class Entry(NamedTuple):
+    """A tensor of a value: its path, `layers[3].key`, and its bytes from the region's beginning."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    begin: int
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.nbytes
+
+    @property
+    def is_paged(self) -> bool:
+        return self.path.rpartition(".")[2] in PAGED
+
+    def part(self, first: int, count: int) -> tuple[int, int]:
+        """(where some of its pages begin, their bytes)."""
+        each = self.nbytes // self.shape[0]
+        return self.begin + first * each, count * each
+
+
+class Layout(NamedTuple):
+    """Where all tensors of a value lie."""
+
+    specs: Kept  # on "meta"
+    entries: tuple[Entry, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return aligned(self.entries[-1].end) if self.entries else 0
+
+
+def layout_of(state: State, pages: int) -> Layout:
+    """The layout of values with so many pages, of a row of this state."""
+    specs = specs_of(state, pages)
+    entries, begin = list[Entry](), 0
+    for path, leaf in leaves_with_paths(specs):
+        entries.append(Entry(path.removeprefix("."), tuple(leaf.shape), leaf.dtype, begin))
+        begin = aligned(entries[-1].end)
+    return Layout(specs, tuple(entries))
+
+
+def specs_of(state: State, pages: int) -> Kept:
+    """What `take` yields of a row with so many pages, as specs."""
+    more = state.slots.shape[1] - 1  # inputs that windows have room for beside those that matter
+
+    def like(pool: Tensor, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=pool.dtype, device="meta")
+
+    def pool_pages(pool: Tensor) -> Tensor:
+        return like(pool, pages, *pool.shape[1:])
+
+    def layer(pool: KV | Delta) -> KV | Delta:
+        if isinstance(pool, KV):
+            return KV(pool_pages(pool.key), pool_pages(pool.value))
+        return Delta(
+            like(pool.recurrent, 1, *pool.recurrent.shape[1:]),
+            like(pool.window, 1, pool.window.shape[1] - more, pool.window.shape[2]),
+        )
+
+    def module(pool: Mtp) -> Mtp:
+        hidden = like(pool.hidden, 1, 1, pool.hidden.shape[2])
+        return Mtp(pool_pages(pool.key), pool_pages(pool.value), hidden)
+
+    follows = state.mtp if more else ()
+    return Kept(tuple(map(layer, state.layers)), tuple(map(module, follows)))
+
+
+def pack(kept: Kept, layout: Layout, region: Tensor, first: int = 0) -> list[tuple[int, int]]:
+    """Copy a value into a region [bytes]; returns (begin, bytes) of what was written.
+
+    Its pages are those from the `first` on of the layout's.
+    """
+    written = list[tuple[int, int]]()
+    for entry, (_, leaf) in zip(layout.entries, leaves_with_paths(kept), strict=True):
+        if entry.is_paged:
+            begin, nbytes = entry.part(first, leaf.shape[0])
+        else:
+            begin, nbytes = entry.begin, entry.nbytes
+        if nbytes:
+            into = region[begin : begin + nbytes].view(leaf.dtype)
+            into.copy_(leaf.reshape(-1))
+            written.append((begin, nbytes))
+    return written
+
+
+def unpack(layout: Layout, region: Tensor) -> Kept:
+    """A copy of the value that a region holds."""
+    found = [
+        region[entry.begin : entry.end].clone().view(entry.dtype).view(entry.shape)
+        for entry in layout.entries
+    ]
+    kept: Kept = rebuild(layout.specs, found)
+    return kept
+
+
+def checksums(kept: Kept) -> tuple[int, ...]:
+    """CRC-32 of the bytes of each tensor of a value."""
+    return tuple(
+        zlib.crc32(leaf.contiguous().view(torch.uint8).cpu().numpy().data)
+        for _, leaf in leaves_with_paths(kept)
+    )
+
+
+def together(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges (begin, bytes), those that follow one another as one, with the gap of alignment."""
+    joined = list[tuple[int, int]]()
+    for begin, nbytes in sorted(ranges):
+        if joined and begin - sum(joined[-1]) < ALIGNMENT:
+            joined[-1] = joined[-1][0], begin + nbytes - joined[-1][0]
+        else:
+            joined.append((begin, nbytes))
+    return joined
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

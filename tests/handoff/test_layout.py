@@ -1,0 +1,132 @@
+"""A value as bytes and back: the same numbers, wherever pages went ahead and whoever lays out."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import qnext as qn
+from qnext.functional.state import pages_of
+from qnext.functional.tree import leaves, leaves_with_paths, same_structure
+from qnext.handoff.layout import (
+    ALIGNMENT,
+    Layout,
+    checksums,
+    layout_of,
+    pack,
+    together,
+    unpack,
+)
+from qnext.runtime.kept import Kept, take
+from tests.samples import ODD
+from tests.sequences import BATCH, model, started, used
+
+TORN = 0xA5
+
+
+def value(state: qn.State, row: int, pages: int | None = None) -> Kept:
+    count = pages_of(int(state.lengths[row])) if pages is None else pages
+    return take(state, row, state.block_table[row, :count].tolist())
+
+
+def region(layout: Layout, beyond: int = 0) -> Tensor:
+    return torch.full((layout.nbytes + beyond,), TORN, dtype=torch.uint8)
+
+
+def equal(one: Kept, other: Kept) -> bool:
+    pairs = zip(leaves(one), leaves(other), strict=True)
+    return all(
+        a.dtype == b.dtype and a.view(torch.uint8).equal(b.view(torch.uint8)) for a, b in pairs
+    )
+
+
+@pytest.mark.parametrize("draft", [0, 1, 3])
+@pytest.mark.parametrize("name", ODD)
+def test_a_value_comes_back_to_the_bit(name: str, draft: int) -> None:
+    params = model(**ODD[name], mtp_num_hidden_layers=1)
+    state = started(params, draft)
+    for row in (1, 3, 4):
+        kept = value(state, row)
+        layout = layout_of(state, pages_of(int(state.lengths[row])))
+        assert same_structure(layout.specs, kept)
+        memory = region(layout, beyond=100)
+        pack(kept, layout, memory[: layout.nbytes])
+        assert bool((memory[layout.nbytes :] == TORN).all())
+        back = unpack(layout, memory)
+        memory.fill_(0)  # what was unpacked is a copy
+        assert equal(back, kept) and checksums(back) == checksums(kept)
+        for (path, leaf), spec in zip(leaves_with_paths(kept), layout.entries, strict=True):
+            assert ("." + spec.path, tuple(leaf.shape), leaf.dtype) == (path, *spec[1:3])
+            assert spec.begin % ALIGNMENT == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes_of_pools_are_kept(dtype: torch.dtype) -> None:
+    state = used(model(), dtype=dtype)
+    kept, layout = value(state, 3, 2), layout_of(state, 2)
+    memory = region(layout)
+    pack(kept, layout, memory)
+    assert equal(unpack(layout, memory), kept)
+    assert {leaf.dtype for leaf in leaves(kept)} == {torch.float32, dtype}
+
+
+def test_pages_may_go_ahead(draft: int = 1) -> None:
+    state = started(model(mtp_num_hidden_layers=1), draft)
+    row, layout = 1, layout_of(state, 3)
+    whole, memory = value(state, row, 3), region(layout)
+    ranges = list[tuple[int, int]]()
+    for first, count in ((0, 1), (1, 2)):
+        pages = state.block_table[row, first : first + count].tolist()
+        ranges += pack(take(state, row, pages), layout, memory, first)
+    assert equal(unpack(layout, memory), whole)
+    sent, where = region(layout), together(ranges)
+    for begin, nbytes in where:
+        sent[begin : begin + nbytes] = memory[begin : begin + nbytes]
+    assert where == [(0, layout.entries[-1].end)] and equal(unpack(layout, sent), whole)
+
+
+def test_what_was_written_is_told_and_nothing_else_is_touched() -> None:
+    state = started(model(mtp_num_hidden_layers=1), 1)
+    layout = layout_of(state, 3)
+    memory, pages = region(layout), state.block_table[3, 1:2].tolist()
+    written = pack(take(state, 3, pages), layout, memory, 1)
+    told = torch.zeros(layout.nbytes, dtype=torch.bool)
+    for begin, nbytes in written:
+        assert not bool(told[begin : begin + nbytes].any())
+        told[begin : begin + nbytes] = True
+    assert bool((memory[~told] == TORN).all()) and not bool((memory[told] == TORN).all())
+    paged = [entry for entry in layout.entries if entry.is_paged]
+    assert sum(n for _, n in written) == sum(
+        entry.nbytes // (3 if entry in paged else 1) for entry in layout.entries
+    )
+
+
+@pytest.mark.parametrize("draft", [1, 3])
+def test_sides_of_other_pools_lay_out_the_same(draft: int) -> None:
+    """Other rows, other pages, another number of guesses: a value does not know them."""
+    params = model(mtp_num_hidden_layers=1)
+    mine = layout_of(qn.init_state(params.config, BATCH, 290, draft=1), 2)
+    theirs = layout_of(qn.init_state(params.config, 2, 1000, draft=draft, pages=31), 2)
+    assert mine.entries == theirs.entries and mine.nbytes == theirs.nbytes
+    without = layout_of(qn.init_state(params.config, BATCH, 290), 2)
+    assert without.entries == tuple(e for e in mine.entries if not e.path.startswith("mtp"))
+
+
+def test_a_bit_that_differs_is_seen() -> None:
+    state = started(model())
+    layout = layout_of(state, 2)
+    memory = region(layout)
+    pack(value(state, 4), layout_of(state, 1), memory[: layout_of(state, 1).nbytes])
+    layout = layout_of(state, 1)
+    before = checksums(unpack(layout, memory))
+    for number, entry in enumerate(layout.entries):
+        memory[entry.end - 1] ^= 1
+        after = checksums(unpack(layout, memory))
+        assert [
+            i for i, pair in enumerate(zip(before, after, strict=True)) if len({*pair}) > 1
+        ] == [number]
+        memory[entry.end - 1] ^= 1
+
+
+def test_ranges_that_follow_one_another_are_one() -> None:
+    assert together([(128, 64), (0, 100), (300, 5), (192, 8)]) == [(0, 200), (300, 5)]
+    assert together([]) == []
