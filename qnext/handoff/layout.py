@@ -5,7 +5,7 @@ and values of page i of a tensor are its i-th part, so that pages can go ahead o
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,6 +55,12 @@ class Layout(NamedTuple):
     def nbytes(self) -> int:
         return aligned(self.entries[-1].end) if self.entries else 0
 
+    def only(self, paths: Collection[str]) -> "Layout":
+        """The same places without the module's part, unless its paths are among these."""
+        entries = tuple(entry for entry in self.entries if entry.path in paths)
+        whole = len(entries) == len(self.entries)
+        return Layout(self.specs if whole else self.specs._replace(mtp=()), entries)
+
 
 def layout_of(state: State, pages: int) -> Layout:
     """The layout of values with so many pages, of a row of this state."""
@@ -92,17 +98,19 @@ def specs_of(state: State, pages: int) -> Kept:
     return Kept(tuple(map(layer, state.layers)), tuple(map(module, follows)))
 
 
-def pack(kept: Kept, layout: Layout, region: Tensor, first: int = 0) -> list[tuple[int, int]]:
+def pack(
+    kept: Kept, layout: Layout, region: Tensor, first: int = 0, states: bool = True
+) -> list[tuple[int, int]]:
     """Copy a value into a region [bytes]; returns (begin, bytes) of what was written.
 
-    Its pages are those from the `first` on of the layout's.
+    Its pages are those from the `first` on of the layout's; without `states` nothing but pages.
     """
     written = list[tuple[int, int]]()
     for entry, (_, leaf) in zip(layout.entries, leaves_with_paths(kept), strict=True):
         if entry.is_paged:
             begin, nbytes = entry.part(first, leaf.shape[0])
         else:
-            begin, nbytes = entry.begin, entry.nbytes
+            begin, nbytes = entry.begin, entry.nbytes * states
         if nbytes:
             into = region[begin : begin + nbytes].view(leaf.dtype)
             into.copy_(leaf.reshape(-1))
@@ -111,21 +119,19 @@ def pack(kept: Kept, layout: Layout, region: Tensor, first: int = 0) -> list[tup
 
 
 def unpack(layout: Layout, region: Tensor) -> Kept:
-    """A copy of the value that a region holds."""
+    """The value that a region holds; its tensors are the region's own bytes."""
     found = [
-        region[entry.begin : entry.end].clone().view(entry.dtype).view(entry.shape)
+        region[entry.begin : entry.end].view(entry.dtype).view(entry.shape)
         for entry in layout.entries
     ]
     kept: Kept = rebuild(layout.specs, found)
     return kept
 
 
-def checksums(kept: Kept) -> tuple[int, ...]:
-    """CRC-32 of the bytes of each tensor of a value."""
-    return tuple(
-        zlib.crc32(leaf.contiguous().view(torch.uint8).cpu().numpy().data)
-        for _, leaf in leaves_with_paths(kept)
-    )
+def checksums(layout: Layout, region: Tensor) -> dict[str, int]:
+    """CRC-32 of the bytes of each tensor in a region, by path."""
+    bytes_of = {entry.path: region[entry.begin : entry.end] for entry in layout.entries}
+    return {path: zlib.crc32(part.cpu().numpy().data) for path, part in bytes_of.items()}
 
 
 def together(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

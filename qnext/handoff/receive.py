@@ -1,0 +1,180 @@
+"""The decoder's side: regions in which values are expected, and what becomes of them."""
+
+import logging
+import time
+from collections import Counter
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from threading import Condition, Thread
+from uuid import uuid4
+
+from pydantic import ValidationError
+
+from qnext.handoff.layout import Layout, checksums, unpack
+from qnext.handoff.manifest import (
+    ANSWER,
+    Claim,
+    Commit,
+    HandoffError,
+    Offer,
+    Refusal,
+    refuse,
+    shared,
+)
+from qnext.handoff.regions import Regions
+from qnext.handoff.transport import Transport
+from qnext.runtime.kept import Kept
+
+log = logging.getLogger("qnext")
+POLL = 0.001  # seconds between looks at the transport, while something is expected
+
+
+@dataclass(eq=False)
+class Expected:
+    """A value that is waited for. `value` is done with it, or with a HandoffError, by `until`."""
+
+    offer: Offer
+    layout: Layout
+    until: float  # on time.monotonic()
+    began: float
+    value: "Future[Kept]" = field(default_factory=Future)
+
+
+@dataclass
+class Received:
+    """What became of values so far; `stale` are answers to attempts that were given up."""
+
+    values: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0  # from the offers to the values, all together
+    stale: int = 0
+    failures: Counter[str] = field(default_factory=Counter)  # refused, torn, late, cancelled
+
+
+class Receiver:
+    """Makes offers, and values of what comes; for several threads.
+
+    first: where regions may begin in the transport's pool.
+    """
+
+    def __init__(self, transport: Transport, first: int = 0) -> None:
+        self.transport, self.stats = transport, Received()
+        self.regions = Regions(transport.pool.numel(), first)
+        self._expected: dict[str, Expected] = {}
+        self._news, self._closed = Condition(), False
+        self._thread = Thread(target=self._listen, name="qnext-receiver", daemon=True)
+        self._thread.start()
+
+    def expect(self, room: str, claim: Claim, layout: Layout, seconds: float) -> Expected:
+        """Hold a region for a value. Raises HandoffError where the pool has none."""
+        begin = self.regions.take(layout.nbytes)
+        if begin is None:
+            free = self.transport.pool.numel() - self.regions.taken
+            raise HandoffError(
+                f"the hand-off pool has {free} bytes left in pieces, a value of "
+                f"{claim.position} tokens needs {layout.nbytes}: other values are on their way"
+            )
+        now = time.monotonic()
+        offer = Offer(
+            room=room,
+            attempt=uuid4().hex,
+            address=self.transport.address,
+            begin=begin,
+            claim=claim,
+            seconds=seconds,
+        )
+        expected = Expected(offer, layout, now + seconds, now)
+        with self._news:
+            self._expected[offer.attempt] = expected
+            self._news.notify()
+        return expected
+
+    def cancel(self, expected: Expected, why: str = "it was cancelled") -> None:
+        """Wait no longer; what still comes is of no matter."""
+        self._end(expected, "cancelled", HandoffError(why))
+
+    def close(self) -> None:
+        """End all that is expected, and the thread."""
+        with self._news:
+            self._closed = True
+            waiting = list(self._expected.values())
+            self._news.notify()
+        for expected in waiting:
+            self.cancel(expected, "the decoder ends")
+        self._thread.join()
+
+    # ---- the thread
+
+    def _listen(self) -> None:
+        while True:
+            with self._news:
+                while not (self._expected or self._closed):
+                    self._news.wait()
+                if self._closed:
+                    return
+                waiting = list(self._expected.values())
+            for notice in self.transport.notices():
+                self._answered(notice)
+            now = time.monotonic()
+            for expected in waiting:
+                if now > expected.until:
+                    why = f"it did not come within {expected.offer.seconds:g} s"
+                    self._end(expected, "late", HandoffError(why))
+            time.sleep(POLL)
+
+    def _answered(self, notice: str) -> None:
+        try:
+            answer = ANSWER.validate_json(notice)
+        except ValidationError as error:
+            log.warning("a notice is no answer to an offer: %s", error.errors()[0]["msg"])
+            return
+        with self._news:
+            expected = self._expected.get(answer.attempt)
+        if expected is None:
+            self.stats.stale += 1
+            return
+        if isinstance(answer, Refusal):
+            self._end(expected, "refused", HandoffError(answer.why))
+            return
+        try:
+            kept = self._checked(expected, answer)
+        except HandoffError as error:
+            self._end(expected, "torn", error)
+        except Exception as error:  # whatever it is, others are waiting
+            log.exception("a value could not be read")
+            self._end(expected, "torn", HandoffError(f"it cannot be read: {error}"))
+        else:
+            self._end(expected, "", kept)
+
+    def _checked(self, expected: Expected, commit: Commit) -> Kept:
+        """The value of a region, which must be the one that was asked for, to the bit."""
+        claim = expected.offer.claim
+        refuse(claim, commit.claim)
+        layout = expected.layout.only(shared(claim, commit.claim))
+        begin = expected.offer.begin
+        # a copy, which is then looked at: what others write there later does not reach it
+        region = self.transport.pool[begin : begin + expected.layout.nbytes].clone()
+        found = checksums(layout, region)
+        if found != commit.checksums:
+            torn = [p for p, checksum in found.items() if commit.checksums.get(p) != checksum]
+            raise HandoffError(f"it came torn: other bytes than were sent in {', '.join(torn)}")
+        return unpack(layout, region)
+
+    def _end(self, expected: Expected, failure: str, result: Kept | HandoffError) -> None:
+        with self._news:
+            if self._expected.pop(expected.offer.attempt, None) is None:
+                return
+        self.regions.give_back(expected.offer.begin)
+        if isinstance(result, HandoffError):
+            self.stats.failures[failure] += 1
+        else:
+            self.stats.values += 1
+            self.stats.nbytes += result.nbytes
+            self.stats.seconds += time.monotonic() - expected.began
+        try:
+            if isinstance(result, HandoffError):
+                expected.value.set_exception(result)
+            else:
+                expected.value.set_result(result)
+        except InvalidStateError:  # who waited has cancelled the future
+            return

@@ -1,0 +1,240 @@
+"""The side that prefills: values on their way out, each from when its prompt begins to be read.
+
+A value's pages go ahead as they are complete, if the decoder's offer is there by then; what a
+recurrent layer or a window holds goes at the end, and then the commit. Values that nobody has asked
+for are kept for `hold` seconds.
+"""
+
+import logging
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Condition, Lock, Thread
+
+from torch import Tensor
+
+from qnext.handoff.layout import Layout, checksums, pack, together
+from qnext.handoff.manifest import Claim, Commit, HandoffError, Offer, Refusal, refuse, shared
+from qnext.handoff.regions import Regions
+from qnext.handoff.transport import Copy, Transport, TransportError
+from qnext.runtime.kept import Kept
+
+log = logging.getLogger("qnext")
+SENDERS = 4  # values that are sent at once
+PATIENCE = 5.0  # seconds for a refusal to be told
+TICK = 0.1  # seconds between looks at the clock
+
+
+@dataclass
+class Sent:
+    """What became of values so far."""
+
+    values: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0  # of writing, all together
+    failures: Counter[str] = field(default_factory=Counter)  # refused, unreachable, late, dropped
+
+
+class Sender:
+    """Takes values from an engine and offers from decoders, in any order; for several threads.
+
+    first: where regions may begin in the transport's pool.
+    """
+
+    def __init__(self, transport: Transport, hold: float = 60.0, first: int = 0) -> None:
+        self.transport, self.hold, self.stats = transport, hold, Sent()
+        self.regions = Regions(transport.pool.numel(), first)
+        self._rooms: dict[str, Outgoing] = {}
+        self._offers: dict[str, tuple[Offer, float]] = {}  # for rooms that are not open yet
+        self._pool = ThreadPoolExecutor(SENDERS, "qnext-sender")
+        self._news, self._closed = Condition(), False
+        self._thread = Thread(target=self._watch, name="qnext-sender-clock", daemon=True)
+        self._thread.start()
+
+    def open(self, room: str, claim: Claim, layout: Layout) -> "Outgoing":
+        """A value that will come. Raises HandoffError where the room is taken or the pool full."""
+        begin = self.regions.take(layout.nbytes)
+        if begin is None:
+            raise HandoffError(
+                f"the hand-off pool of {self.transport.pool.numel()} bytes has no room for the "
+                f"{layout.nbytes} of {claim.position} tokens: other values are on their way"
+            )
+        outgoing = Outgoing(self, room, claim, layout, begin)
+        with self._news:
+            taken = room in self._rooms or self._closed
+            if not taken:
+                self._rooms[room] = outgoing
+                outgoing.until = time.monotonic() + self.hold
+                offer, _ = self._offers.pop(room, (None, 0.0))
+            self._news.notify()
+        if taken:
+            self.regions.give_back(begin)
+            raise HandoffError(f"room {room} is taken already, or this side ends")
+        if offer is not None:
+            self.offered(offer)
+        return outgoing
+
+    def offered(self, offer: Offer) -> None:
+        """A decoder wants a value. Raises HandoffError where it is another than the room's."""
+        with self._news:
+            outgoing = self._rooms.get(offer.room)
+            if outgoing is None:
+                until = time.monotonic() + min(offer.seconds, self.hold)
+                self._offers[offer.room] = offer, until
+                self._news.notify()
+                return
+        try:
+            refuse(offer.claim, outgoing.claim)
+        except HandoffError as error:
+            self._refuse(offer, str(error))
+            raise
+        outgoing.offer = offer
+        outgoing.until = time.monotonic() + offer.seconds
+        self.advance(outgoing)
+
+    def advance(self, outgoing: "Outgoing") -> None:
+        """Have sent what there is to send."""
+        if not self._closed:
+            self._pool.submit(self._send, outgoing)
+
+    def drop(self, outgoing: "Outgoing", failure: str, why: str) -> None:
+        """A value that does not go out; the decoder is told."""
+        if not self._end(outgoing):
+            return
+        self.stats.failures[failure] += 1
+        log.warning("room %s is not handed off: %s", outgoing.room, why)
+        if outgoing.offer is not None and failure != "unreachable":
+            self._refuse(outgoing.offer, why)
+
+    def close(self) -> None:
+        """Drop all values that are not on their way yet, and wait for those that are."""
+        with self._news:
+            self._closed = True
+            waiting = list(self._rooms.values())
+            self._news.notify()
+        self._pool.shutdown()
+        for outgoing in waiting:
+            self.drop(outgoing, "dropped", "the side that prefills ends")
+        self._thread.join()
+
+    def _end(self, outgoing: "Outgoing") -> bool:
+        """Whether it was open until now."""
+        with self._news:
+            if self._rooms.get(outgoing.room) is not outgoing:
+                return False
+            del self._rooms[outgoing.room]
+        with outgoing.lock:  # nobody writes to the region any more
+            outgoing.is_open = False
+        self.regions.give_back(outgoing.begin)
+        return True
+
+    def _refuse(self, offer: Offer, why: str) -> None:
+        refusal = Refusal(room=offer.room, attempt=offer.attempt, why=why)
+        try:
+            self.transport.notify(offer.address, refusal.model_dump_json(), PATIENCE)
+        except TransportError as error:
+            log.info("a refusal was not told: %s", error)
+
+    def _send(self, outgoing: "Outgoing") -> None:
+        try:
+            done = outgoing.send()
+        except TransportError as error:
+            self.drop(outgoing, "unreachable", str(error))
+        except Exception as error:
+            log.exception("a value could not be sent")
+            self.drop(outgoing, "dropped", f"it could not be sent: {error}")
+        else:
+            if done and self._end(outgoing):
+                self.stats.values += 1
+
+    def _watch(self) -> None:
+        while True:
+            with self._news:
+                while not (self._rooms or self._offers or self._closed):
+                    self._news.wait()
+                if self._closed:
+                    return
+                now = time.monotonic()
+                late = [outgoing for outgoing in self._rooms.values() if now > outgoing.until]
+                for room in [r for r, (_, until) in self._offers.items() if now > until]:
+                    del self._offers[room]
+            for outgoing in late:
+                wanted = "was not read in time" if outgoing.offer else "was not asked for"
+                self.drop(outgoing, "late", f"its value {wanted}")
+            time.sleep(TICK)
+
+
+class Outgoing:
+    """A value on its way out; the engine's thread gives it its parts and waits for nothing."""
+
+    def __init__(self, sender: Sender, room: str, claim: Claim, layout: Layout, begin: int) -> None:
+        self.room, self.claim, self.begin = room, claim, begin
+        self.offer: Offer | None = None
+        self.until = 0.0  # on time.monotonic()
+        self.is_open, self.lock = True, Lock()
+        self._sender, self._layout = sender, layout
+        self._ready: list[tuple[int, int]] = []  # ranges of the region that are to be sent
+        self._is_whole = False  # all of it is in the region
+        self._sending = Lock()
+
+    def pages(self, kept: Kept, first: int) -> None:
+        """Some pages, from the `first` on; its states are of no matter yet."""
+        self._add(kept, first, whole=False)
+
+    def rest(self, kept: Kept, first: int) -> None:
+        """What is left: pages from the `first` on, states, windows."""
+        self._add(kept, first, whole=True)
+
+    def fail(self, why: str) -> None:
+        """The value will not come: its prompt could not be read."""
+        self._sender.drop(self, "dropped", why)
+
+    def _add(self, kept: Kept, first: int, whole: bool) -> None:
+        with self.lock:
+            if not self.is_open:
+                return
+            self._ready += pack(kept, self._layout, self._region, first, states=whole)
+            self._is_whole = whole
+        if self.offer is not None:
+            self._sender.advance(self)
+
+    @property
+    def _region(self) -> Tensor:
+        pool = self._sender.transport.pool
+        return pool[self.begin : self.begin + self._layout.nbytes]
+
+    def send(self) -> bool:
+        """Write what is ready; whether that was all. Raises TransportError."""
+        with self._sending:  # one after the other: the commit is the last
+            with self.lock:
+                offer = self.offer
+                if offer is None or not self.is_open:
+                    return False
+                ready, self._ready = self._ready, []
+                is_whole = self._is_whole
+            wanted = shared(self.claim, offer.claim)
+            places = [(e.begin, e.end) for e in self._layout.entries if e.path in wanted]
+            ready = [r for r in ready if any(low <= r[0] < high for low, high in places)]
+            began = time.monotonic()
+            copies = [
+                Copy(self.begin + at, offer.begin + at, nbytes) for at, nbytes in together(ready)
+            ]
+            if copies:
+                self._sender.transport.write(offer.address, copies, self._left())
+                self._sender.stats.nbytes += sum(copy.nbytes for copy in copies)
+                self._sender.stats.seconds += time.monotonic() - began
+            if not is_whole:
+                return False
+            sums = checksums(self._layout, self._region)
+            commit = Commit(
+                room=self.room,
+                attempt=offer.attempt,
+                claim=self.claim,
+                checksums={path: sums[path] for path in wanted},
+            )
+            self._sender.transport.notify(offer.address, commit.model_dump_json(), self._left())
+            return True
+
+    def _left(self) -> float:
+        return max(self.until - time.monotonic(), 0.001)
