@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from qnext.functional.config import PAGE
 from qnext.functional.state import pages_of
 from qnext.runtime.kept import Kept
 from qnext.runtime.options import Options
@@ -114,7 +115,7 @@ class Board:
         line = sorted(self.waiting.values(), key=lambda s: (s.request.priority, s.number))
         for sequence in line[: len(self._free)]:
             if sequence.swapped is None and sequence.caches:
-                hit = self.cache.find(sequence.tokens, sequence.prompt - 1)
+                hit = self.cache.find(sequence.tokens, sequence.reusable)
                 if hit:
                     found[sequence.number] = hit
         return found
@@ -202,6 +203,7 @@ class Board:
             course.reading.append((sequence.row, sequence, sequence.sent))
             if sequence.caches and _is_marked(sequence):
                 copies.append(self._copy(sequence))
+            copies += self._hand(sequence)
         for sequence in self._present(made.decode):
             if not self._grow(sequence, grants):
                 continue
@@ -260,6 +262,21 @@ class Board:
             held.give_back(pages)
 
         return Take(sequence.row), taken
+
+    def _hand(self, sequence: Sequence) -> list[tuple[Take, Then]]:
+        """Have handed off what is new: pages that are complete, or at its prompt's end the rest."""
+        handoff, first = sequence.request.handoff, sequence.handed
+        ends, complete = sequence.sent >= sequence.limit, sequence.sent // PAGE
+        if handoff is None or not (ends or complete > first):
+            return []
+        sequence.handed = complete
+        give = handoff.rest if ends else handoff.pages
+
+        def taken(result: Taken) -> None:
+            if result is not None and sequence.error is None:
+                give(result[1], first)
+
+        return [(Take(sequence.row, whole=True, first=first, states=ends), taken)]
 
     # ---- ends
 

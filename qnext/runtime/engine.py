@@ -20,6 +20,7 @@ from qnext.errors import InputError
 from qnext.functional.params import Params
 from qnext.runtime.board import Board, Course
 from qnext.runtime.files import SnapshotFiles
+from qnext.runtime.kept import Kept
 from qnext.runtime.options import Options
 from qnext.runtime.request import (
     CorruptedError,
@@ -86,8 +87,13 @@ class Engine:
         self.enqueue(sequence)
         return sequence
 
-    def prepare(self, request: Request, sink: Sink) -> Sequence:
-        """Check a request and lay out its sequence; touches nothing that a step touches."""
+    def prepare(
+        self, request: Request, sink: Sink, start: tuple[int, Kept] | None = None
+    ) -> Sequence:
+        """Check a request and lay out its sequence; touches nothing that a step touches.
+
+        start: how many of its prompt's tokens were consumed elsewhere, and the state after them.
+        """
         check(request, self.params.config.vocab_size, self.options.capacity)
         if request.stops and not self.tokenizer:
             raise InputError("stops: an engine without a tokenizer knows no text to stop at")
@@ -102,8 +108,15 @@ class Engine:
             tokens=list(request.tokens),
             uncached=why_uncached(request, self.options.cache_bytes),
         )
-        if self.files is not None and sequence.caches:
-            found = self.files.find(request.tokens, sequence.prompt - 1)
+        if start is not None:
+            sequence.length, sequence.swapped = start
+            if not 0 < sequence.length < sequence.prompt:
+                raise InputError(
+                    f"start: a state after {sequence.length} tokens is none to begin with for a "
+                    f"prompt of {sequence.prompt}: all but the last one, at most, are consumed"
+                )
+        elif self.files is not None and sequence.caches:
+            found = self.files.find(request.tokens, sequence.reusable)
             if found:
                 sequence.length, sequence.swapped = found
         return sequence
@@ -114,8 +127,8 @@ class Engine:
         sequence.number = self._arrivals
         if sequence.caches:
             sequence.marks = marks_of(sequence.request, self.options.snapshot_every)
-        if sequence.swapped is not None:  # from a file; memory may know as much
-            hit = self.board.cache.find(sequence.tokens, sequence.prompt - 1)
+        if sequence.swapped is not None and sequence.caches:  # memory may know as much
+            hit = self.board.cache.find(sequence.tokens, sequence.reusable)
             if hit and hit.length >= sequence.length:
                 sequence.length, sequence.swapped = 0, None
         if sequence.limit > 0:
@@ -321,6 +334,8 @@ class Engine:
             sequence.text.end(finish)
             finish = "stop" if sequence.text.finish == "stop" else finish
         sequence.finish, sequence.error = finish, error
+        if sequence.request.handoff is not None and finish != "length":
+            sequence.request.handoff.fail(f"its prompt was not read: {error or finish}")
         self.board.remove(sequence, keep=finish in KEPT, wipe=error is not None)
         self.stats.finished[finish] += 1
         self._tell(sequence, tokens, logprobs)

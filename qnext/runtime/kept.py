@@ -31,21 +31,27 @@ class Kept(NamedTuple):
         return sum(leaf.nbytes for leaf in leaves(self))
 
 
-def take(state: State, row: int, pages: Sequence[int]) -> Kept:
-    """A copy of what one row of a state needs to go on, with the keys and values of these pages."""
+def take(state: State, row: int, pages: Sequence[int], states: bool = True) -> Kept:
+    """A copy of what one row of a state needs to go on, with the keys and values of these pages.
+
+    Without `states` only those are copied; the rest is the pools' own memory, not to be read.
+    """
     index = torch.tensor(pages, dtype=torch.long, device=state.lengths.device)
     slot, place = state.slots[row, 0].long(), state.rows[row].long()
     begin = int(state.accepted[row])
     more = state.slots.shape[1] - 1
 
+    def copied(part: Tensor) -> Tensor:
+        return part.clone() if states else part
+
     def layer(pool: KV | Delta) -> KV | Delta:
         if isinstance(pool, KV):
             return KV(pool.key[index], pool.value[index])
         window = pool.window[place][begin : pool.window.shape[1] - more + begin]
-        return Delta(pool.recurrent[slot][None].clone(), window[None].clone())
+        return Delta(copied(pool.recurrent[slot][None]), copied(window[None]))
 
     def module(pool: Mtp) -> Mtp:
-        hidden = pool.hidden[place, begin][None, None].clone()
+        hidden = copied(pool.hidden[place, begin][None, None])
         return Mtp(pool.key[index], pool.value[index], hidden)
 
     follows = state.mtp if more else ()

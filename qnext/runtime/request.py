@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 from uuid import uuid4
 
 from torch import Tensor
@@ -60,6 +60,26 @@ class Guide(Protocol):
         ...
 
 
+@runtime_checkable
+class Handoff(Protocol):
+    """Where the state of a prompt goes, to be decoded elsewhere. Calls must not wait for anything.
+
+    Of the prompt's tokens all but the last are consumed. What is given has a `Kept`'s form.
+    """
+
+    def pages(self, kept: Any, first: int) -> None:
+        """Pages that are complete, from the `first` on; its states mean nothing."""
+        ...
+
+    def rest(self, kept: Any, first: int) -> None:
+        """The state, with its pages from the `first` on."""
+        ...
+
+    def fail(self, why: str) -> None:
+        """The rest will not come."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A prompt to continue; `tokens` are its ids.
@@ -69,7 +89,8 @@ class Request:
     logprobs: how many of the likeliest tokens to tell beside each that was drawn (None: nothing);
     prompt_logprobs: of those of the prompt. marks: lengths of the prompt at which a message ends,
     where its state is worth keeping. deadline: seconds on time.monotonic(). priority: the lower the
-    sooner. cache: whether prefixes may be looked up and kept.
+    sooner. cache: whether prefixes may be looked up and kept. handoff: where the prompt's state
+    goes; nothing is drawn then, and `max_new_tokens` is 0.
     """
 
     tokens: tuple[int, ...]
@@ -88,6 +109,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     cache: bool = True
+    handoff: Handoff | None = None
     id: str = field(default_factory=lambda: f"request-{uuid4().hex}")
 
 
@@ -168,7 +190,12 @@ def check(request: Request, vocab: int, capacity: int) -> None:
     ):
         if most is not None and not 0 <= most <= vocab:
             raise InputError(f"{name} must lie in 0..{vocab}, got {most}")
-    if not request.max_new_tokens and request.prompt_logprobs is None:
+    if request.handoff is not None:
+        if request.max_new_tokens or request.prompt_logprobs is not None:
+            raise InputError("handoff: what is decoded elsewhere has max_new_tokens = 0 here")
+        if len(request.tokens) < 2:
+            raise InputError("handoff: of a prompt of one token there is no state to hand off")
+    elif not request.max_new_tokens and request.prompt_logprobs is None:
         raise InputError("max_new_tokens = 0 asks for nothing, unless prompt_logprobs is given")
     need = len(request.tokens) + request.max_new_tokens
     if need > capacity:

@@ -36,6 +36,7 @@ class Sequence:
     admitted: bool = False  # it has run before
     cached: int = 0
     snapshot: int = 0  # the length of its last one
+    handed: int = 0  # pages that were handed off ahead
     flying: int = 0  # steps of decoding under way
     finish: str | None = None
     error: Exception | None = None
@@ -64,6 +65,12 @@ class Sequence:
     def limit(self) -> int:
         """The most it will have consumed: the last token that it draws is not."""
         return self.prompt + self.request.max_new_tokens - 1
+
+    @property
+    def reusable(self) -> int:
+        """Tokens that a cached prefix may spare: all but the last, which is drawn from, and one
+        that must be read for a step to end with its state."""
+        return self.prompt - 1 - (self.request.handoff is not None)
 
     def manner(self) -> Manner:
         request = self.request

@@ -54,10 +54,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Take:
-    """Take a row's state out; with all its pages, or with the last token's alone."""
+    """Take a row's state out; whole, with its pages from the `first` on, or with the last token's
+    alone. Without `states` nothing is of interest but pages that are complete."""
 
     row: int
     whole: bool = False
+    first: int = 0
+    states: bool = True
 
 
 @dataclass(frozen=True)

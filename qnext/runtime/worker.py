@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qnext.functional.config import PAGE
 from qnext.functional.params import Params
 from qnext.functional.sampling import Sampling, knobs
 from qnext.functional.state import State, init_state, narrow, pages_of, view, widen
@@ -134,8 +135,10 @@ class Worker:
             return each.length, completed(self.state, each.pages, each.kept)
         row = each.row
         length = int(self.state.lengths[row])
-        pages = self.state.block_table[row, : pages_of(length)].tolist()
-        return length, take(self.state, row, pages if each.whole else pages[-1:])
+        count = pages_of(length) if each.states else length // PAGE
+        pages = self.state.block_table[row, :count].tolist()
+        pages = pages[each.first :] if each.whole else pages[-1:]
+        return length, take(self.state, row, pages, each.states)
 
     def _put(self, each: Put) -> None:
         tables = self.state
