@@ -127,13 +127,25 @@ def test_prompts_that_end_where_a_page_does(length: int) -> None:
     assert first + last.layers[1].key.shape[0] == pages_of(length - 1)
 
 
+def test_a_chunk_that_ends_a_token_before_the_prompt_does() -> None:
+    sink = Gathered()
+    serve(engine(), [long(sink, PAGE + 3, marks=(PAGE + 1,))])
+    assert [first for first, _ in sink.parts] == [0, 1] and sink.value is not None
+    (answer,) = go_on(engine(), [_answered(sink, PAGE + 3)], [sink.value])
+    assert ends_of(answer) == ends_of(alone(engine(), [_answered(sink, PAGE + 3)])[0])
+
+
+def _answered(sink: Handoff, length: int = 300) -> Request:
+    return replace(long(sink, length), max_new_tokens=9, handoff=None)
+
+
 def test_a_prompt_that_is_cached_is_handed_off_all_the_same() -> None:
     served, sinks = engine(), [Gathered(), Gathered()]
     for sink in sinks:
         serve(served, [long(sink)])
     assert served.stats.cache_hits >= 2 * PAGE
     first, second = (sink.value for sink in sinks)
-    request = replace(long(sinks[0]), max_new_tokens=9, handoff=None)
+    request = _answered(sinks[0])
     one, two = (go_on(engine(), [request], [value])[0] for value in (first, second))
     assert ends_of(one) == ends_of(two) == ends_of(alone(engine(), [request])[0])
 
