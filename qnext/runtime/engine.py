@@ -20,7 +20,6 @@ from qnext.errors import InputError
 from qnext.functional.params import Params
 from qnext.runtime.board import Board, Course
 from qnext.runtime.files import SnapshotFiles
-from qnext.runtime.kept import Kept
 from qnext.runtime.options import Options
 from qnext.runtime.request import (
     CorruptedError,
@@ -87,13 +86,8 @@ class Engine:
         self.enqueue(sequence)
         return sequence
 
-    def prepare(
-        self, request: Request, sink: Sink, start: tuple[int, Kept] | None = None
-    ) -> Sequence:
-        """Check a request and lay out its sequence; touches nothing that a step touches.
-
-        start: how many of its prompt's tokens were consumed elsewhere, and the state after them.
-        """
+    def prepare(self, request: Request, sink: Sink) -> Sequence:
+        """Check a request and lay out its sequence; touches nothing that a step touches."""
         check(request, self.params.config.vocab_size, self.options.capacity)
         if request.stops and not self.tokenizer:
             raise InputError("stops: an engine without a tokenizer knows no text to stop at")
@@ -108,13 +102,8 @@ class Engine:
             tokens=list(request.tokens),
             uncached=why_uncached(request, self.options.cache_bytes),
         )
-        if start is not None:
-            sequence.length, sequence.swapped = start
-            if not 0 < sequence.length < sequence.prompt:
-                raise InputError(
-                    f"start: a state after {sequence.length} tokens is none to begin with for a "
-                    f"prompt of {sequence.prompt}: all but the last one, at most, are consumed"
-                )
+        if request.start is not None:
+            sequence.length, sequence.swapped = request.start
         elif self.files is not None and sequence.caches:
             found = self.files.find(request.tokens, sequence.reusable)
             if found:

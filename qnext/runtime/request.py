@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 from uuid import uuid4
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from qnext.acceptance import NONE, Acceptance
 from qnext.errors import InputError, QnextError
 from qnext.functional.generate import GREEDY
 from qnext.functional.sampling import Sampling
+from qnext.runtime.kept import Kept
 
 
 class RefusedError(QnextError):
@@ -64,14 +65,14 @@ class Guide(Protocol):
 class Handoff(Protocol):
     """Where the state of a prompt goes, to be decoded elsewhere. Calls must not wait for anything.
 
-    Of the prompt's tokens all but the last are consumed. What is given has a `Kept`'s form.
+    Of the prompt's tokens all but the last are consumed.
     """
 
-    def pages(self, kept: Any, first: int) -> None:
+    def pages(self, kept: Kept, first: int) -> None:
         """Pages that are complete, from the `first` on; its states mean nothing."""
         ...
 
-    def rest(self, kept: Any, first: int) -> None:
+    def rest(self, kept: Kept, first: int) -> None:
         """The state, with its pages from the `first` on."""
         ...
 
@@ -90,7 +91,8 @@ class Request:
     prompt_logprobs: of those of the prompt. marks: lengths of the prompt at which a message ends,
     where its state is worth keeping. deadline: seconds on time.monotonic(). priority: the lower the
     sooner. cache: whether prefixes may be looked up and kept. handoff: where the prompt's state
-    goes; nothing is drawn then, and `max_new_tokens` is 0.
+    goes; nothing is drawn then, and `max_new_tokens` is 0. start: how many tokens of the prompt
+    were consumed elsewhere, and the state after them.
     """
 
     tokens: tuple[int, ...]
@@ -110,6 +112,7 @@ class Request:
     deadline: float | None = None
     cache: bool = True
     handoff: Handoff | None = None
+    start: tuple[int, Kept] | None = None
     id: str = field(default_factory=lambda: f"request-{uuid4().hex}")
 
 
@@ -190,6 +193,11 @@ def check(request: Request, vocab: int, capacity: int) -> None:
     ):
         if most is not None and not 0 <= most <= vocab:
             raise InputError(f"{name} must lie in 0..{vocab}, got {most}")
+    if request.start is not None and not 0 < request.start[0] < len(request.tokens):
+        raise InputError(
+            f"start: a state after {request.start[0]} tokens is none to begin with for a prompt of "
+            f"{len(request.tokens)}: all but the last one, at most, are consumed"
+        )
     if request.handoff is not None:
         if request.max_new_tokens or request.prompt_logprobs is not None:
             raise InputError("handoff: what is decoded elsewhere has max_new_tokens = 0 here")

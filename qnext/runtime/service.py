@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Any
 
 from qnext.runtime.engine import Engine
-from qnext.runtime.kept import Kept
 from qnext.runtime.outbox import Deliver, Outbox
 from qnext.runtime.request import FullError, Output, RefusedError, Request, joined
 from qnext.runtime.sequence import Sequence as Served
@@ -55,19 +54,15 @@ class Service:
         finally:
             self._abort(sequence)
 
-    async def astream(
-        self, request: Request, start: tuple[int, Kept] | None = None
-    ) -> AsyncGenerator[Output, None]:
-        """The outputs of a request, on the running event loop; `start` as `Engine.prepare` has it.
+    async def astream(self, request: Request) -> AsyncGenerator[Output, None]:
+        """The outputs of a request, on the running event loop.
 
         Those that wait for the loop together come as one: see `Outbox`.
         """
         outputs: asyncio.Queue[Output] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         deliver = outputs.put_nowait
-        sequence = self._submit(
-            request, lambda output: self._outbox.put(loop, deliver, output), start=start
-        )
+        sequence = self._submit(request, lambda output: self._outbox.put(loop, deliver, output))
         try:
             while True:
                 output = await outputs.get()
@@ -104,14 +99,8 @@ class Service:
                 self._abort(sequence)
         return with_outputs
 
-    def _submit(
-        self,
-        request: Request,
-        sink: Deliver,
-        bounded: bool = True,
-        start: tuple[int, Kept] | None = None,
-    ) -> Served:
-        sequence = self.engine.prepare(request, sink, start)
+    def _submit(self, request: Request, sink: Deliver, bounded: bool = True) -> Served:
+        sequence = self.engine.prepare(request, sink)
         with self._news:
             if self._state != "serving":
                 raise RefusedError(f"the engine is {self._state}, it takes no more requests")

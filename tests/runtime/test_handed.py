@@ -61,12 +61,11 @@ def asked(request: Request, to: Gathered) -> Request:
 
 def go_on(served: Engine, requests: list[Request], values: list[Kept]) -> list[list[Output]]:
     """The outputs of requests whose prompts were read elsewhere."""
-    outputs: list[list[Output]] = [[] for _ in requests]
-    for request, value, into in zip(requests, values, outputs, strict=True):
-        start = len(request.tokens) - 1, value
-        served.enqueue(served.prepare(request, into.append, start))
-    served.run()
-    return outputs
+    begun = [
+        replace(request, start=(len(request.tokens) - 1, value))
+        for request, value in zip(requests, values, strict=True)
+    ]
+    return serve(served, begun)
 
 
 def of_two_tokens(count: int, seed: int = 0) -> list[Request]:
@@ -183,5 +182,5 @@ def test_what_cannot_be_handed_off_is_refused() -> None:
     assert sink.value is not None and isinstance(sink, Handoff)
     for length in (0, -1, 300):
         with pytest.raises(InputError, match=f"start: a state after {length} tokens is none"):
-            served.prepare(plain, print, (length, sink.value))
+            served.submit(replace(plain, start=(length, sink.value)), print)
     assert not sink.failed and is_clean(served)
