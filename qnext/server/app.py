@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 import qnext
 from qnext.errors import QnextError
-from qnext.server import native, openai
+from qnext.server import native, openai, roles
 from qnext.server.errors import ApiError, bad, of_exception
 from qnext.server.guard import MOST_BYTES, Guard
 from qnext.server.host import GoneError, Host, failed
@@ -64,6 +64,7 @@ def create_app(
     app.add_exception_handler(Exception, _refuse)
     app.include_router(openai.router)
     app.include_router(native.router)
+    app.include_router(roles.router)
     app.get("/", include_in_schema=False)(page)
     app.get("/metrics", response_class=Response, include_in_schema=False)(metrics)
     app.head("/", include_in_schema=False)(page)

@@ -16,7 +16,9 @@ from qnext.runtime.options import Options
 from qnext.server.guard import MOST_BYTES
 
 if TYPE_CHECKING:
-    from qnext.server.host import Ready
+    from qnext.handoff.transport import Transport
+    from qnext.runtime.engine import Engine
+    from qnext.server.host import Ready, Role
 
 EXAMPLES = """\
 examples:
@@ -44,6 +46,7 @@ def add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     verb.add_argument("--name", help="what clients call the model (default: its directory's name)")
     add_draft(verb)
     _add_engine(verb)
+    _add_role(verb)
     _add_listening(verb)
 
 
@@ -81,6 +84,40 @@ def _add_engine(verb: argparse.ArgumentParser) -> None:
         "--cache-dir", type=Path, metavar="DIR", help="keep states in files, too, over restarts"
     )
     group.add_argument("--no-warm", action="store_true", help="compile steps when first needed")
+
+
+def _add_role(verb: argparse.ArgumentParser) -> None:
+    group = verb.add_argument_group(
+        "prefill and decode apart",
+        "One server reads prompts, another one answers them: docs/handoff.md. Behind sglang-router "
+        "the bootstrap port is this server's --port.",
+    )
+    group.add_argument("--role", choices=("prefill", "decode"), help="default: both")
+    group.add_argument(
+        "--transport",
+        choices=("mooncake", "group"),
+        default="mooncake",
+        help="what moves states: Mooncake, or torch.distributed (default: mooncake)",
+    )
+    group.add_argument(
+        "--reach",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="this machine's name or address as the other side reaches it (default: 127.0.0.1)",
+    )
+    group.add_argument(
+        "--handoff-bytes",
+        type=int,
+        metavar="B",
+        help="states on their way (default: as many as the pages hold)",
+    )
+    group.add_argument(
+        "--handoff-seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="how long one may take; then the decoder reads the prompt itself (default: 10)",
+    )
 
 
 def _add_listening(verb: argparse.ArgumentParser) -> None:
@@ -142,9 +179,32 @@ def _loader(args: argparse.Namespace, options: Options) -> "Callable[[], Ready]"
         vocab = params.config.vocab_size
         grammars = Grammars(tokenizer, vocab)
         reader = Reader(tokenizer, grammars, options.capacity, vocab, args.timeout)
-        return Ready(Service(engine), tokenizer, reader)
+        return Ready(Service(engine), tokenizer, reader, _role(args, engine))
 
     return load
+
+
+def _role(args: argparse.Namespace, engine: "Engine") -> "Role | None":
+    if args.role is None:
+        return None
+    import torch
+
+    from qnext.handoff.group import GroupTransport
+    from qnext.handoff.mooncake import MooncakeTransport
+    from qnext.server.roles import Decoder, Prefiller, pool_bytes
+
+    device = engine.params.embed.device
+    nbytes = args.handoff_bytes or pool_bytes(engine)
+    pool = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    if args.transport == "group":
+        transport: Transport = GroupTransport(pool, args.reach)
+    else:
+        protocol = "tcp" if device.type == "cpu" else "ascend"
+        transport = MooncakeTransport(pool, args.reach, protocol)
+    if args.role == "prefill":
+        return Prefiller(engine, transport, args.reach, args.port)
+    key = next(iter(_keys(args)), None)
+    return Decoder(engine, transport, args.handoff_seconds, key)
 
 
 def _keys(args: argparse.Namespace) -> tuple[str, ...]:

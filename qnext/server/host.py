@@ -5,20 +5,22 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
 from qnext.errors import QnextError
 from qnext.runtime.request import Output
+from qnext.runtime.request import Request as Asked
 from qnext.runtime.service import Service
 from qnext.server.asked import Reader
 from qnext.server.errors import ApiError, of_exception
 from qnext.server.metrics import Metrics, Timer
+from qnext.server.schema import Placed
 from qnext.text import Tokenizer
 
 log = logging.getLogger("qnext")
@@ -30,6 +32,29 @@ class GoneError(Exception):
     """The client left before its answer was complete."""
 
 
+class Figures(NamedTuple):
+    """Of hand-offs so far: values, their bytes, the seconds they took, and failures by reason."""
+
+    values: int
+    nbytes: int
+    seconds: float
+    failures: dict[str, int]
+
+
+class Role(Protocol):
+    """A server's part where prompts are read by one server and answered by another."""
+
+    async def prepared(
+        self, asked: Placed, each: Sequence[Sequence[Asked]]
+    ) -> tuple[list[list[Asked]], dict[str, Any]]:
+        """For each prompt, what is asked of the engine; and what an answer tells beside."""
+        ...
+
+    def figures(self) -> Figures: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Ready:
     """A model that is loaded."""
@@ -37,6 +62,7 @@ class Ready:
     service: Service
     tokenizer: Tokenizer
     reader: Reader
+    role: Role | None = None
 
 
 @dataclass
@@ -53,7 +79,7 @@ class Host:
         self.metrics = Metrics(self.model)
 
     def loaded(self, ready: Ready) -> None:
-        self.metrics.watch(ready.service)
+        self.metrics.watch(ready.service, ready.role.figures if ready.role else None)
         self.ready = ready
 
     @property
@@ -112,6 +138,15 @@ class Watch:
             }
             if output.uncached:  # why `cached` is 0 whatever the prompt
                 self.request.state.figures["uncached"] = output.uncached
+
+
+async def placed(
+    request: Request, ready: Ready, asked: Placed, each: list[list[Asked]]
+) -> tuple[list[list[Asked]], dict[str, Any]]:
+    """The requests of each prompt as the server's role has them; what an answer tells beside."""
+    if ready.role is None:
+        return each, {}
+    return await attended(request, ready.role.prepared(asked, each))
 
 
 async def attended(request: Request, work: Awaitable[T]) -> T:

@@ -1,6 +1,7 @@
 """GET /metrics: vLLM's names, which dashboards, routers and load generators read, and our own."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -96,6 +97,30 @@ def _reasons(engine: Engine) -> dict[str, int]:
     return counts
 
 
+class HandoffCollector:
+    """Counts of hand-offs, read when they are asked for."""
+
+    def __init__(self, figures: Callable[[], Any], model: str) -> None:
+        self.figures, self.model = figures, model
+
+    def collect(self) -> Iterator[Metric]:
+        values, nbytes, seconds, failures = self.figures()
+        for name, text, value in (
+            ("qnext:handoffs", "Values of prompts that were handed off", values),
+            ("qnext:handoff_bytes", "Their bytes", nbytes),
+            ("qnext:handoff_seconds", "Seconds that they took, all together", seconds),
+        ):
+            family = CounterMetricFamily(name, text, labels=["model_name"])
+            family.add_metric([self.model], value)
+            yield family
+        failed = CounterMetricFamily(
+            "qnext:handoff_failures", "Hand-offs that failed", labels=["model_name", "reason"]
+        )
+        for reason, count in sorted(failures.items()):
+            failed.add_metric([self.model, reason], count)
+        yield failed
+
+
 class Metrics:
     """A registry of its own, so that a process may have several servers."""
 
@@ -125,9 +150,11 @@ class Metrics:
         """Count a response."""
         self.responses.labels(handler, status).inc()
 
-    def watch(self, service: Service) -> None:
-        """Tell of an engine, too."""
+    def watch(self, service: Service, handoffs: Callable[[], Any] | None = None) -> None:
+        """Tell of an engine, too, and of hand-offs, whose figures a function gives."""
         self.registry.register(EngineCollector(service, self.model))
+        if handoffs is not None:
+            self.registry.register(HandoffCollector(handoffs, self.model))
 
 
 class Timer:

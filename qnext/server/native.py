@@ -12,7 +12,7 @@ import qnext
 from qnext.runtime.request import Output
 from qnext.runtime.request import Request as Asked
 from qnext.server.errors import bad
-from qnext.server.host import Host, Ready, Watch, answered, attended, streamed
+from qnext.server.host import Host, Ready, Watch, answered, attended, placed, streamed
 from qnext.server.schema import (
     STREAMED,
     ChatRequest,
@@ -149,6 +149,8 @@ async def generate(request: Request, asked: GenerateRequest) -> Response:
     host = host_of(request)
     ready = host.model_for(None)
     wanted = await run_in_threadpool(ready.reader.native, asked)
+    each, _ = await placed(request, ready, asked, [[wanted]])
+    wanted = each[0][0]
     watch = Watch(host, request)
     if asked.stream:
         return await streamed(request, _cumulative(ready, wanted, asked, watch))

@@ -8,7 +8,7 @@ from starlette.concurrency import run_in_threadpool
 
 from qnext.server.chat import Chat
 from qnext.server.completions import Completions
-from qnext.server.host import Host, Watch, answered, attended, streamed
+from qnext.server.host import Host, Watch, answered, attended, placed, streamed
 from qnext.server.native import host_of
 from qnext.server.schema import STREAMED, ChatRequest, CompletionRequest
 
@@ -42,7 +42,9 @@ async def completions(request: Request, asked: CompletionRequest) -> Response:
     host = host_of(request)
     ready = host.model_for(asked.model)
     wanted = await run_in_threadpool(ready.reader.completion, asked)
-    made = Completions(ready, asked, wanted, host.head("cmpl"), Watch(host, request))
+    wanted, told = await placed(request, ready, asked, wanted)
+    head = {**host.head("cmpl"), **told}
+    made = Completions(ready, asked, wanted, head, Watch(host, request))
     if asked.stream:
         return await streamed(request, made.chunks())
     return answered(await attended(request, made.whole()))
@@ -54,7 +56,9 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     host = host_of(request)
     ready = host.model_for(asked.model)
     prompt, wanted = await run_in_threadpool(ready.reader.chat, asked)
-    made = Chat(ready, asked, prompt, wanted, host.head("chatcmpl"), Watch(host, request))
+    each, told = await placed(request, ready, asked, [wanted])
+    head = {**host.head("chatcmpl"), **told}
+    made = Chat(ready, asked, prompt, each[0], head, Watch(host, request))
     if asked.stream:
         return await streamed(request, made.chunks())
     return answered(await attended(request, made.whole()))

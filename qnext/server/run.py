@@ -107,6 +107,8 @@ def serve(host: Host, load: Callable[[], Ready], listening: Listening) -> int:
     finally:
         if host.ready is not None:
             host.ready.service.close()
+            if host.ready.role is not None:
+                host.ready.role.close()
     if host.failure is not None:
         print(f"qnext: {host.failure}", file=sys.stderr)
         return 2

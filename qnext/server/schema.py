@@ -47,6 +47,8 @@ Text = Annotated[str, Strict(), AfterValidator(_expressible)]
 Prompt = Annotated[Text, WithJsonSchema({"type": "string", "minLength": 1})]
 Count = Annotated[int, Field(ge=1, le=INT64 - 1), WHOLE]
 Token = Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE]
+Port = Annotated[int, Field(ge=1, le=65535), WHOLE]
+Room = Annotated[int, Field(ge=0, lt=2 * INT64), WHOLE]
 # a list of thousands is of one kind or of another: that is seen at the first that does not fit
 Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 Stops = Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=MOST_STOPS)]
@@ -102,7 +104,16 @@ class Drawn(Model):
     skip_special_tokens: Flag | None = None
 
 
-class Sampled(Drawn):
+class Placed(Model):
+    """Where a prompt is read for another server to answer; routers say so, and not clients."""
+
+    bootstrap_host: Text | list[Text] | None = None
+    bootstrap_port: Port | list[Port] | None = None
+    bootstrap_room: Room | list[Room] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+
+
+class Sampled(Drawn, Placed):
     """What OpenAI's requests for text have in common."""
 
     model: Text | None = None
@@ -215,7 +226,7 @@ class SamplingParams(Drawn):
     regex: Text | None = None
 
 
-class GenerateRequest(Model):
+class GenerateRequest(Placed):
     """POST /generate, as SGLang has it"""
 
     model_config = _documented(

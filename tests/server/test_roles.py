@@ -1,0 +1,212 @@
+"""One server reads, another answers: the answers of one alone, whatever becomes of either."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.handoff.test_transport import has_mooncake
+from tests.server.test_process import process
+
+TRANSPORT = "mooncake" if has_mooncake() else "group"
+SECONDS = 120.0
+SIZES = ("--rows", "3", "--capacity", "512", "--chunk", "64", "--transport", TRANSPORT)
+QUESTION = (
+    "Question: Mia has 12 apples. She buys 7 more and then gives 5 to Tom. How many are left?"
+)
+
+
+@dataclass
+class Server:
+    process: Any
+    url: str
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=SECONDS)
+
+    def figure(self, name: str) -> float:
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def is_clean(self) -> bool:
+        """Every row and page is free again."""
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            info = httpx.get(f"{self.url}/server_info").json()
+            free = info["pages_free"] + info["pages_cached"] == info["pages"]
+            if info["rows_free"] == info["rows"] and free and not info["waiting"]:
+                return True
+            time.sleep(0.05)
+        return False
+
+
+@dataclass
+class Sides:
+    """Both sides, and a server that does all by itself."""
+
+    prefill: Server
+    decode: Server
+    alone: Server
+    rooms: int = 0
+
+    def as_sglang(self, path: str, **body: Any) -> tuple[httpx.Response, httpx.Response]:
+        """As sglang-router does it: one body to both at once."""
+        self.rooms += 1
+        placed = {
+            **body,
+            "bootstrap_host": "127.0.0.1",
+            "bootstrap_port": self.prefill.port,
+            "bootstrap_room": self.rooms,
+        }
+        read: list[httpx.Response] = []
+        asking = threading.Thread(
+            target=lambda: read.append(self.prefill.post(path, **placed)), daemon=True
+        )
+        asking.start()
+        answer = self.decode.post(path, **placed)
+        asking.join(SECONDS)
+        return read[0], answer
+
+    def as_vllm(self, path: str, **body: Any) -> tuple[httpx.Response, httpx.Response]:
+        """As vllm-router does it: the prompt first, then what was answered goes to the other."""
+        params = {"do_remote_decode": True, "do_remote_prefill": False, "remote_host": None}
+        first = {**body, "max_tokens": 1, "stream": False, "kv_transfer_params": params}
+        read = self.prefill.post(path, **first)
+        told = read.json()["kv_transfer_params"]
+        return read, self.decode.post(path, **body, kv_transfer_params=told)
+
+
+@pytest.fixture(scope="module")
+def sides() -> Iterator[Sides]:
+    with ExitStack() as stack:
+
+        def server(*more: str) -> Server:
+            return Server(*stack.enter_context(process(*SIZES, *more)))
+
+        decode = server("--role", "decode", "--draft", "1", "--handoff-seconds", "5")
+        yield Sides(server("--role", "prefill", "--draft", "1"), decode, server())
+
+
+def texts(reply: httpx.Response) -> list[Any]:
+    assert reply.status_code == 200, reply.text
+    body = reply.json()
+    if "choices" not in body:
+        return [body["text"]]
+    return [(c.get("text") or c["message"]["content"], c["finish_reason"]) for c in body["choices"]]
+
+
+BODIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "greedy": ("/v1/completions", {"prompt": QUESTION, "temperature": 0, "max_tokens": 40}),
+    "drawn, three choices": (
+        "/v1/completions",
+        {"prompt": QUESTION * 6, "seed": 5, "n": 3, "max_tokens": 20, "temperature": 0.9},
+    ),
+    "two prompts": (
+        "/v1/completions",
+        {"prompt": [QUESTION * 2, "Who"], "temperature": 0, "max_tokens": 20},
+    ),
+    "one token": ("/v1/completions", {"prompt": [7], "temperature": 0, "max_tokens": 9}),
+    "chat": (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 40},
+    ),
+    "a penalty": (
+        "/v1/completions",
+        {"prompt": QUESTION, "temperature": 0, "max_tokens": 30, "repetition_penalty": 1.3},
+    ),
+}
+
+
+@pytest.mark.parametrize("router", ["sglang", "vllm"])
+@pytest.mark.parametrize(
+    "case", ["greedy", *(pytest.param(c, marks=pytest.mark.slow) for c in list(BODIES)[1:])]
+)
+def test_an_answer_is_the_same(sides: Sides, case: str, router: str) -> None:
+    path, body = BODIES[case]
+    if router == "sglang" and isinstance(body.get("prompt"), list) and len(body["prompt"]) > 1:
+        pytest.skip("sglang-router gives such a body as many rooms as prompts: see below")
+    before = sides.decode.figure("qnext:handoffs_total")
+    ask = sides.as_sglang if router == "sglang" else sides.as_vllm
+    read, answer = ask(path, **body)
+    assert read.status_code == 200, read.text
+    assert texts(answer) == texts(sides.alone.post(path, **body))
+    values = {"two prompts": 2, "one token": 0}.get(case, 1)
+    assert sides.decode.figure("qnext:handoffs_total") - before == values
+    assert sides.prefill.is_clean() and sides.decode.is_clean()
+
+
+def test_rooms_of_several_prompts(sides: Sides) -> None:
+    body = {"prompt": [QUESTION, QUESTION[10:]], "temperature": 0, "max_tokens": 9}
+    placed = {
+        **body,
+        "bootstrap_host": ["127.0.0.1"] * 2,
+        "bootstrap_port": [sides.prefill.port] * 2,
+        "bootstrap_room": [7001, 7002],
+    }
+    before = sides.decode.figure("qnext:handoffs_total")
+    assert sides.prefill.post("/v1/completions", **placed).status_code == 200
+    answer = sides.decode.post("/v1/completions", **placed)
+    assert texts(answer) == texts(sides.alone.post("/v1/completions", **body))
+    assert sides.decode.figure("qnext:handoffs_total") - before == 2
+
+
+@pytest.mark.parametrize(
+    ("placed", "why"),
+    [
+        ({"bootstrap_room": [1, 2]}, "bootstrap_room: has 2 for 1 prompts"),
+        ({"bootstrap_room": 1}, "bootstrap_room needs bootstrap_host and bootstrap_port"),
+        ({"kv_transfer_params": {"do_remote_prefill": True}}, "kv_transfer_params: give those"),
+        ({"bootstrap_room": "x"}, "bootstrap_room"),
+        ({"bootstrap_port": 0}, "bootstrap_port"),
+    ],
+)
+def test_places_that_make_no_sense_are_refused(
+    sides: Sides, placed: dict[str, Any], why: str
+) -> None:
+    reply = sides.decode.post("/v1/completions", prompt="Who", max_tokens=3, **placed)
+    assert reply.status_code == 400 and why in reply.json()["error"]["message"]
+
+
+def test_offers_are_taken_where_prompts_are_read_alone(sides: Sides) -> None:
+    for server, status in ((sides.decode, 404), (sides.alone, 404), (sides.prefill, 400)):
+        reply = server.post("/handoff", room="1")
+        assert reply.status_code == status, reply.text
+
+
+@pytest.mark.slow
+def test_a_room_that_nobody_reads_costs_time_only(sides: Sides) -> None:
+    """The decoder's offer waits; then it reads the prompt itself."""
+    placed = {"bootstrap_host": "127.0.0.1", "bootstrap_port": sides.prefill.port}
+    body = {"prompt": QUESTION, "temperature": 0, "max_tokens": 12}
+    began = time.monotonic()
+    answer = sides.decode.post("/v1/completions", **body, **placed, bootstrap_room=99_999)
+    assert 4.5 < time.monotonic() - began < 30
+    assert texts(answer) == texts(sides.alone.post("/v1/completions", **body))
+    assert sides.decode.figure("qnext:handoff_failures_total") >= 1 and sides.decode.is_clean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_prefiller_that_is_gone_costs_time_only(sides: Sides, how: signal.Signals) -> None:
+    body = {"prompt": QUESTION, "temperature": 0, "max_tokens": 12}
+    want = texts(sides.alone.post("/v1/completions", **body))
+    with process(*SIZES, "--role", "prefill") as (started, url):
+        port = int(url.rpartition(":")[2])
+        os.kill(started.pid, how)
+        placed = {"bootstrap_host": "127.0.0.1", "bootstrap_port": port, "bootstrap_room": 5}
+        began = time.monotonic()
+        answer = sides.decode.post("/v1/completions", **body, **placed)
+        assert time.monotonic() - began < 10
+        assert texts(answer) == want and sides.decode.is_clean()
+        started.kill()
