@@ -125,7 +125,8 @@ def test_killed_at_any_moment(work: Any, tmp_path: Path) -> None:
     """Many processes of the command, forked from one that has imported it."""
     (source, whole, _), at, kills = work, random.Random(0), 0
     with start("-c", FORKS) as forks:
-        for target in (tmp_path / str(i) for i in range(3)):
+        for number in range(30):
+            target = tmp_path / str(number)
             while not (target / "config.json").exists() or (target / ".quantize").exists():
                 pid = ask(forks, f"quantize\t{source}\t{target}")
                 if at.random() < 0.5:
@@ -138,6 +139,8 @@ def test_killed_at_any_moment(work: Any, tmp_path: Path) -> None:
                 kills += status != 0
                 finals(target, whole)
             assert files(target) == whole
+            if number >= 2 and kills >= 3:  # a fast machine is done before most of them
+                break
         forks.communicate()
     assert kills >= 3
 
