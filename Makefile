@@ -4,7 +4,7 @@ BIN = .venv/bin
 NPU = TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=1 \
 	.venv-npu/bin/python -m qnext.lowering.softnpu.device
 CLIENTS = 'openai>=3.50,<4' 'lm-eval[api]>=0.4.13,<0.5' 'litellm>=1.106,<2' 'schemathesis>=4.32,<5' \
-	'aiperf>=0.13,<0.14'
+	'aiperf>=0.13,<0.14' 'sglang-router>=0.3.2,<0.4' 'vllm-router>=0.1.17,<0.2'
 QUESTION = Mia has 12 apples. She buys 7 more and then gives 5 to Tom. How many apples does Mia have now?
 
 .PHONY: run test test-all test-npu test-clients lint demo clean

@@ -270,10 +270,10 @@ def _places(asked: Placed, count: int) -> list[Where] | None:
 
 
 def _each(value: T | list[T] | None, count: int, name: str) -> list[T] | None:
-    """A value for each of so many prompts; one value for all of them is one for the only one."""
+    """A value for each of so many prompts; of one for each choice the first of a prompt's."""
     if value is None:
         return None
     values = value if isinstance(value, list) else [value]
-    if len(values) != count:
+    if not values or len(values) % count:
         raise bad(f"{name}: has {len(values)} for {count} prompts", name)
-    return values
+    return values[:: len(values) // count]

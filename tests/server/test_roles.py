@@ -164,7 +164,9 @@ def test_rooms_of_several_prompts(sides: Sides) -> None:
 @pytest.mark.parametrize(
     ("placed", "why"),
     [
-        ({"bootstrap_room": [1, 2]}, "bootstrap_room: has 2 for 1 prompts"),
+        ({"bootstrap_room": []}, "bootstrap_room: has 0 for 1 prompts"),
+        ({"prompt": ["a", "b"], "bootstrap_room": 1}, "bootstrap_room: has 1 for 2 prompts"),
+        ({"prompt": ["a", "b"], "bootstrap_room": [1, 2, 3]}, "has 3 for 2 prompts"),
         ({"bootstrap_room": 1}, "bootstrap_room needs bootstrap_host and bootstrap_port"),
         ({"kv_transfer_params": {"do_remote_prefill": True}}, "kv_transfer_params: give those"),
         ({"bootstrap_room": "x"}, "bootstrap_room"),
@@ -174,7 +176,7 @@ def test_rooms_of_several_prompts(sides: Sides) -> None:
 def test_places_that_make_no_sense_are_refused(
     sides: Sides, placed: dict[str, Any], why: str
 ) -> None:
-    reply = sides.decode.post("/v1/completions", prompt="Who", max_tokens=3, **placed)
+    reply = sides.decode.post("/v1/completions", **{"prompt": "Who", "max_tokens": 3, **placed})
     assert reply.status_code == 400 and why in reply.json()["error"]["message"]
 
 

@@ -245,6 +245,21 @@ def refused(kind: type[Any], ask: Callable[[], Any]) -> Any:
     raise AssertionError(f"no {kind.__name__}")
 
 
+def texts(client: OpenAI) -> None:
+    """Prints what it gets, for two servers to be compared."""
+    for prompt in ("a", "Tom", *("Tom has 5 apples. " * count for count in (25, 26, 140, 600))):
+        for how in ({"temperature": 0}, {"temperature": 0.9, "seed": 11}):
+            answer = client.completions.create(
+                model="demo", prompt=prompt, max_tokens=60, extra_body={"ignore_eos": True}, **how
+            )
+            print(json.dumps([answer.usage.prompt_tokens, answer.choices[0].text]))
+    for messages in (ASKED, [*ASKED, {"role": "assistant", "content": "x"}, *ASKED]):
+        answer = client.chat.completions.create(
+            model="demo", messages=messages, temperature=0, max_tokens=30, n=2
+        )
+        print(json.dumps([choice.message.content for choice in answer.choices]))
+
+
 if __name__ == "__main__":
     url, check, *key = sys.argv[1:]
     with OpenAI(base_url=f"{url}/v1", api_key=key[0] if key else "none", timeout=300) as made:
