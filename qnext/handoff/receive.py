@@ -3,14 +3,14 @@
 import logging
 import time
 from collections import Counter
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 from uuid import uuid4
 
 from pydantic import ValidationError
 
-from qnext.handoff.layout import Layout, checksums, unpack
+from qnext.handoff.layout import Entry, Layout, checksum, copy_bytes, unpack
 from qnext.handoff.manifest import (
     ANSWER,
     Claim,
@@ -22,10 +22,12 @@ from qnext.handoff.manifest import (
     shared,
 )
 from qnext.handoff.regions import Regions
+from qnext.handoff.spares import Spares
 from qnext.handoff.transport import Transport
 from qnext.runtime.kept import Kept
 
 log = logging.getLogger("qnext")
+COPIERS = 2  # threads that copy and check a value's tensors
 POLL = 0.001  # seconds between looks at the transport, while something is expected
 
 
@@ -59,6 +61,8 @@ class Receiver:
 
     def __init__(self, transport: Transport, first: int = 0) -> None:
         self.transport, self.stats = transport, Received()
+        self._spares = Spares(transport.pool.numel())
+        self._copiers = ThreadPoolExecutor(COPIERS, "qnext-copier")
         self.regions = Regions(transport.pool.numel(), first)
         self._expected: dict[str, Expected] = {}
         self._news, self._closed = Condition(), False
@@ -102,6 +106,7 @@ class Receiver:
         for expected in waiting:
             self.cancel(expected, "the decoder ends")
         self._thread.join()
+        self._copiers.shutdown()
 
     # ---- the thread
 
@@ -152,9 +157,17 @@ class Receiver:
         refuse(claim, commit.claim)
         layout = expected.layout.only(shared(claim, commit.claim))
         begin = expected.offer.begin
-        # a copy, which is then looked at: what others write there later does not reach it
-        region = self.transport.pool[begin : begin + expected.layout.nbytes].clone()
-        found = checksums(layout, region)
+        pool = self.transport.pool[begin : begin + expected.layout.nbytes]
+        region = self._spares.take(pool.numel(), pool.device)
+
+        def copied(entry: Entry) -> int:
+            """Of the copy, which is then looked at: what others write later does not reach it."""
+            mine = region[entry.begin : entry.end]
+            copy_bytes(mine, pool[entry.begin : entry.end])
+            return checksum(mine)
+
+        sums = self._copiers.map(copied, layout.entries)
+        found = dict(zip((entry.path for entry in layout.entries), sums, strict=True))
         if found != commit.checksums:
             torn = [p for p, checksum in found.items() if commit.checksums.get(p) != checksum]
             raise HandoffError(f"it came torn: other bytes than were sent in {', '.join(torn)}")

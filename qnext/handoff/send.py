@@ -8,7 +8,7 @@ for are kept for `hold` seconds.
 import logging
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Condition, Lock, Thread
 
@@ -48,6 +48,7 @@ class Sender:
         self._rooms: dict[str, Outgoing] = {}
         self._offers: dict[str, tuple[Offer, float]] = {}  # for rooms that are not open yet
         self._pool = ThreadPoolExecutor(SENDERS, "qnext-sender")
+        self._reckoner = ThreadPoolExecutor(1, "qnext-reckoner")
         self._news, self._closed = Condition(), False
         self._thread = Thread(target=self._watch, name="qnext-sender-clock", daemon=True)
         self._thread.start()
@@ -98,6 +99,10 @@ class Sender:
         if not self._closed:
             self._pool.submit(self._send, outgoing)
 
+    def reckon(self, layout: Layout, region: Tensor) -> "Future[dict[str, int]]":
+        """The checksums of a region, by another thread."""
+        return self._reckoner.submit(checksums, layout, region)
+
     def drop(self, outgoing: "Outgoing", failure: str, why: str) -> None:
         """A value that does not go out; the decoder is told."""
         if not self._end(outgoing):
@@ -114,6 +119,7 @@ class Sender:
             waiting = list(self._rooms.values())
             self._news.notify()
         self._pool.shutdown()
+        self._reckoner.shutdown()
         for outgoing in waiting:
             self.drop(outgoing, "dropped", "the side that prefills ends")
         self._thread.join()
@@ -217,6 +223,8 @@ class Outgoing:
             places = [(e.begin, e.end) for e in self._layout.entries if e.path in wanted]
             ready = [r for r in ready if any(low <= r[0] < high for low, high in places)]
             began = time.monotonic()
+            # looked up while they are on their way
+            sums = self._sender.reckon(self._layout, self._region) if is_whole else None
             copies = [
                 Copy(self.begin + at, offer.begin + at, nbytes) for at, nbytes in together(ready)
             ]
@@ -224,14 +232,14 @@ class Outgoing:
                 self._sender.transport.write(offer.address, copies, self._left())
                 self._sender.stats.nbytes += sum(copy.nbytes for copy in copies)
                 self._sender.stats.seconds += time.monotonic() - began
-            if not is_whole:
+            if sums is None:
                 return False
-            sums = checksums(self._layout, self._region)
+            found = sums.result()
             commit = Commit(
                 room=self.room,
                 attempt=offer.attempt,
                 claim=self.claim,
-                checksums={path: sums[path] for path in wanted},
+                checksums={path: found[path] for path in wanted},
             )
             self._sender.transport.notify(offer.address, commit.model_dump_json(), self._left())
             return True
