@@ -1,9 +1,10 @@
 """What the two sides of a hand-off tell each other, and when one refuses the other.
 
 The decoder makes an `Offer`: a region of its pool, and the value that it wants there. The side that
-prefills writes, and ends with one `Commit`, which says once more what the value is, with checksums,
-or with a `Refusal`. Nothing counts before the commit, and no commit counts that does not fit the
-offer of its attempt: a late one, of an attempt that was given up, finds none.
+prefills writes, tells of parts that are there, and ends with one `Commit`, which says once more
+what the value is, with checksums, or with a `Refusal`. Nothing counts before the commit, and no
+commit counts that does not fit the offer of its attempt: a late one, of an attempt that was given
+up, finds none.
 """
 
 import hashlib
@@ -58,8 +59,17 @@ class Offer(_Message):
     seconds: float = Field(gt=0)
 
 
+class Part(_Message):
+    """Some tensors of a value have been written, which may be looked at. checksums: as below."""
+
+    kind: Literal["part"] = "part"
+    room: str
+    attempt: str
+    checksums: dict[str, int]
+
+
 class Commit(_Message):
-    """All of a value has been written. checksums: CRC-32 by path, of the tensors that were sent."""
+    """All of a value has been written. checksums: XXH3 by path, of the tensors that were sent."""
 
     kind: Literal["commit"] = "commit"
     room: str
@@ -77,8 +87,8 @@ class Refusal(_Message):
     why: str
 
 
-Answer = Annotated[Commit | Refusal, Field(discriminator="kind")]
-ANSWER: TypeAdapter[Commit | Refusal] = TypeAdapter(Answer)
+Answer = Annotated[Part | Commit | Refusal, Field(discriminator="kind")]
+ANSWER: TypeAdapter[Part | Commit | Refusal] = TypeAdapter(Answer)
 
 
 def claim_of(model: str, weights: str, tokens: Sequence[int], layout: Layout) -> Claim:

@@ -3,12 +3,14 @@
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 from uuid import uuid4
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from qnext.handoff.layout import Entry, Layout, checksum, copy_bytes, unpack
 from qnext.handoff.manifest import (
@@ -17,6 +19,7 @@ from qnext.handoff.manifest import (
     Commit,
     HandoffError,
     Offer,
+    Part,
     Refusal,
     refuse,
     shared,
@@ -39,6 +42,8 @@ class Expected:
     layout: Layout
     until: float  # on time.monotonic()
     began: float
+    copy: Tensor  # of what has come: what others write to the region later does not reach it
+    found: dict[str, int] = field(default_factory=dict)  # checksums of the copy
     value: "Future[Kept]" = field(default_factory=Future)
 
 
@@ -87,7 +92,8 @@ class Receiver:
             claim=claim,
             seconds=seconds,
         )
-        expected = Expected(offer, layout, now + seconds, now)
+        copy = self._spares.take(layout.nbytes, self.transport.pool.device)
+        expected = Expected(offer, layout, now + seconds, now, copy)
         with self._news:
             self._expected[offer.attempt] = expected
             self._news.notify()
@@ -142,6 +148,9 @@ class Receiver:
             self._end(expected, "refused", HandoffError(answer.why))
             return
         try:
+            if isinstance(answer, Part):
+                self._look_at(expected, answer.checksums)
+                return
             kept = self._checked(expected, answer)
         except HandoffError as error:
             self._end(expected, "torn", error)
@@ -156,22 +165,31 @@ class Receiver:
         claim = expected.offer.claim
         refuse(claim, commit.claim)
         layout = expected.layout.only(shared(claim, commit.claim))
+        self._look_at(expected, commit.checksums)
+        if commit.checksums.keys() != {entry.path for entry in layout.entries}:
+            raise HandoffError("its commit is of other tensors")
+        return unpack(layout, expected.copy)
+
+    def _look_at(self, expected: Expected, checksums: Mapping[str, int]) -> None:
+        """Copy the tensors of these checksums, unless they were copied; HandoffError for torn ones.
+
+        The copy is what is looked at.
+        """
         begin = expected.offer.begin
         pool = self.transport.pool[begin : begin + expected.layout.nbytes]
-        region = self._spares.take(pool.numel(), pool.device)
 
         def copied(entry: Entry) -> int:
-            """Of the copy, which is then looked at: what others write later does not reach it."""
-            mine = region[entry.begin : entry.end]
+            mine = expected.copy[entry.begin : entry.end]
             copy_bytes(mine, pool[entry.begin : entry.end])
             return checksum(mine)
 
-        sums = self._copiers.map(copied, layout.entries)
-        found = dict(zip((entry.path for entry in layout.entries), sums, strict=True))
-        if found != commit.checksums:
-            torn = [p for p, checksum in found.items() if commit.checksums.get(p) != checksum]
+        news = checksums.keys() - expected.found.keys()
+        entries = [entry for entry in expected.layout.entries if entry.path in news]
+        sums = self._copiers.map(copied, entries)
+        expected.found |= zip((entry.path for entry in entries), sums, strict=True)
+        torn = [p for p, each in checksums.items() if expected.found.get(p) != each]
+        if torn:
             raise HandoffError(f"it came torn: other bytes than were sent in {', '.join(torn)}")
-        return unpack(layout, region)
 
     def _end(self, expected: Expected, failure: str, result: Kept | HandoffError) -> None:
         with self._news:

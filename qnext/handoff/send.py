@@ -7,15 +7,27 @@ for are kept for `hold` seconds.
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Condition, Lock, Thread
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from qnext.handoff.layout import Layout, checksums, pack, together
-from qnext.handoff.manifest import Claim, Commit, HandoffError, Offer, Refusal, refuse, shared
+from qnext.handoff.layout import Entry, Layout, checksums, pack, together
+from qnext.handoff.manifest import (
+    Claim,
+    Commit,
+    HandoffError,
+    Offer,
+    Part,
+    Refusal,
+    refuse,
+    shared,
+)
 from qnext.handoff.regions import Regions
 from qnext.handoff.transport import Copy, Transport, TransportError
 from qnext.runtime.kept import Kept
@@ -23,6 +35,7 @@ from qnext.runtime.kept import Kept
 log = logging.getLogger("qnext")
 SENDERS = 4  # values that are sent at once
 PATIENCE = 5.0  # seconds for a refusal to be told
+PART = 48 << 20  # bytes of tensors that are sent, and looked at, together
 TICK = 0.1  # seconds between looks at the clock
 
 
@@ -87,10 +100,13 @@ class Sender:
                 return
         try:
             refuse(offer.claim, outgoing.claim)
+            with outgoing.lock:
+                if outgoing.offer is not None:
+                    raise HandoffError(f"room {offer.room} has an offer already")
+                outgoing.offer = offer
         except HandoffError as error:
             self._refuse(offer, str(error))
             raise
-        outgoing.offer = offer
         outgoing.until = time.monotonic() + offer.seconds
         self.advance(outgoing)
 
@@ -171,6 +187,14 @@ class Sender:
             time.sleep(TICK)
 
 
+class Parcel(NamedTuple):
+    """What is sent together: ranges of the region, and the tensors that are whole with them."""
+
+    ranges: list[tuple[int, int]]
+    whole: tuple[Entry, ...] = ()
+    is_last: bool = False
+
+
 class Outgoing:
     """A value on its way out; the engine's thread gives it its parts and waits for nothing."""
 
@@ -180,28 +204,34 @@ class Outgoing:
         self.until = 0.0  # on time.monotonic()
         self.is_open, self.lock = True, Lock()
         self._sender, self._layout = sender, layout
-        self._ready: list[tuple[int, int]] = []  # ranges of the region that are to be sent
-        self._is_whole = False  # all of it is in the region
+        self._ready: deque[Parcel] = deque()
+        self._sums: dict[str, int] = {}  # checksums of what was sent
         self._sending = Lock()
 
     def pages(self, kept: Kept, first: int) -> None:
         """Some pages, from the `first` on; its states are of no matter yet."""
-        self._add(kept, first, whole=False)
+        paged = [entry for entry in self._layout.entries if entry.is_paged]
+        self._add(kept, first, paged, Parcel)
 
     def rest(self, kept: Kept, first: int) -> None:
         """What is left: pages from the `first` on, states, windows."""
-        self._add(kept, first, whole=True)
+        groups = _parted(self._layout.entries)
+        for number, group in enumerate(groups, start=1):
+            last = number == len(groups)
+            self._add(kept, first, group, partial(Parcel, whole=group, is_last=last))
 
     def fail(self, why: str) -> None:
         """The value will not come: its prompt could not be read."""
         self._sender.drop(self, "dropped", why)
 
-    def _add(self, kept: Kept, first: int, whole: bool) -> None:
+    def _add(
+        self, kept: Kept, first: int, group: Sequence[Entry], parcel: Callable[..., Parcel]
+    ) -> None:
         with self.lock:
             if not self.is_open:
                 return
-            self._ready += pack(kept, self._layout, self._region, first, states=whole)
-            self._is_whole = whole
+            paths = {entry.path for entry in group}
+            self._ready.append(parcel(pack(kept, self._layout, self._region, first, paths)))
         if self.offer is not None:
             self._sender.advance(self)
 
@@ -213,36 +243,51 @@ class Outgoing:
     def send(self) -> bool:
         """Write what is ready; whether that was all. Raises TransportError."""
         with self._sending:  # one after the other: the commit is the last
-            with self.lock:
-                offer = self.offer
-                if offer is None or not self.is_open:
-                    return False
-                ready, self._ready = self._ready, []
-                is_whole = self._is_whole
-            wanted = shared(self.claim, offer.claim)
-            places = [(e.begin, e.end) for e in self._layout.entries if e.path in wanted]
-            ready = [r for r in ready if any(low <= r[0] < high for low, high in places)]
-            began = time.monotonic()
-            # looked up while they are on their way
-            sums = self._sender.reckon(self._layout, self._region) if is_whole else None
-            copies = [
-                Copy(self.begin + at, offer.begin + at, nbytes) for at, nbytes in together(ready)
-            ]
-            if copies:
-                self._sender.transport.write(offer.address, copies, self._left())
-                self._sender.stats.nbytes += sum(copy.nbytes for copy in copies)
-                self._sender.stats.seconds += time.monotonic() - began
-            if sums is None:
-                return False
-            found = sums.result()
-            commit = Commit(
-                room=self.room,
-                attempt=offer.attempt,
-                claim=self.claim,
-                checksums={path: found[path] for path in wanted},
-            )
-            self._sender.transport.notify(offer.address, commit.model_dump_json(), self._left())
-            return True
+            while True:
+                with self.lock:
+                    offer = self.offer
+                    if offer is None or not self.is_open or not self._ready:
+                        return False
+                    parcel = self._ready.popleft()
+                self._send(parcel, offer)
+                if parcel.is_last:
+                    return True
+
+    def _send(self, parcel: Parcel, offer: Offer) -> None:
+        """Write a parcel, and tell the decoder which tensors are there with it."""
+        transport, began = self._sender.transport, time.monotonic()
+        wanted = shared(self.claim, offer.claim)
+        whole = [entry for entry in parcel.whole if entry.path in wanted]
+        # reckoned while they are on their way
+        sums = self._sender.reckon(self._layout.only_these(whole), self._region)
+        places = [(e.begin, e.end) for e in self._layout.entries if e.path in wanted]
+        ranges = [r for r in parcel.ranges if any(low <= r[0] < high for low, high in places)]
+        copies = [Copy(self.begin + at, offer.begin + at, n) for at, n in together(ranges)]
+        if copies:
+            transport.write(offer.address, copies, self._left())
+            self._sender.stats.nbytes += sum(copy.nbytes for copy in copies)
+            self._sender.stats.seconds += time.monotonic() - began
+        self._sums |= sums.result()
+        told: dict[str, Any] = {"room": self.room, "attempt": offer.attempt}
+        if parcel.is_last:
+            message = Commit(**told, claim=self.claim, checksums=self._sums).model_dump_json()
+        elif whole:
+            message = Part(**told, checksums=sums.result()).model_dump_json()
+        else:
+            return
+        transport.notify(offer.address, message, self._left())
 
     def _left(self) -> float:
         return max(self.until - time.monotonic(), 0.001)
+
+
+def _parted(entries: Sequence[Entry]) -> list[tuple[Entry, ...]]:
+    """Tensors in groups of some `PART` bytes, so that who gets them need not wait for the last."""
+    groups, group, nbytes = list[tuple[Entry, ...]](), list[Entry](), 0
+    for entry in entries:
+        group.append(entry)
+        nbytes += entry.nbytes
+        if nbytes >= PART:
+            groups.append(tuple(group))
+            group, nbytes = [], 0
+    return [*groups, tuple(group)] if group or not groups else groups

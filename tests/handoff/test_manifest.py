@@ -16,6 +16,7 @@ from qnext.handoff.manifest import (
     Commit,
     HandoffError,
     Offer,
+    Part,
     Refusal,
     claim_of,
     differences,
@@ -42,6 +43,7 @@ def test_messages_survive_the_way() -> None:
     assert Offer.model_validate_json(offer.model_dump_json()) == offer
     for answer in (
         Commit(room="7", attempt="a", claim=mine, checksums={"layers[0].window": 2**32 - 1}),
+        Part(room="7", attempt="a", checksums={"layers[3].key": 2**64 - 1}),
         Refusal(room="7", attempt="a", why="the prompt is another"),
     ):
         assert ANSWER.validate_json(answer.model_dump_json()) == answer
