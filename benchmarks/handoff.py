@@ -75,7 +75,7 @@ def measure(kind: str, tokens: int, rounds: int) -> dict[str, Any]:
     layout = laid_out(like(pages_of(tokens)))
     pool = torch.zeros(BELL + layout.nbytes + 64, dtype=torch.uint8)
     transport = MAKE[kind](pool)
-    sender = Sender(transport, first=BELL)
+    sender = Sender(transport, SECONDS, first=BELL)
     value = map_leaves(lambda spec: torch.randn(spec.shape).to(spec.dtype), layout.specs)
     claim = claim_of("80B", "random", range(tokens), layout)
     buffers = [Copy(BELL + e.begin, BELL + e.begin, e.nbytes) for e in layout.entries]

@@ -55,7 +55,7 @@ class Sender:
     first: where regions may begin in the transport's pool.
     """
 
-    def __init__(self, transport: Transport, hold: float = 60.0, first: int = 0) -> None:
+    def __init__(self, transport: Transport, hold: float, first: int = 0) -> None:
         self.transport, self.hold, self.stats = transport, hold, Sent()
         self.regions = Regions(transport.pool.numel(), first)
         self._rooms: dict[str, Outgoing] = {}

@@ -116,7 +116,8 @@ def _add_role(verb: argparse.ArgumentParser) -> None:
         type=float,
         default=10.0,
         metavar="S",
-        help="how long one may take; then the decoder reads the prompt itself (default: 10)",
+        help="how long one may take, and a value wait for its decoder; then the decoder reads the "
+        "prompt itself (default: 10)",
     )
 
 
@@ -202,7 +203,7 @@ def _role(args: argparse.Namespace, engine: "Engine") -> "Role | None":
         protocol = "tcp" if device.type == "cpu" else "ascend"
         transport = MooncakeTransport(pool, args.reach, protocol)
     if args.role == "prefill":
-        return Prefiller(engine, transport, args.reach, args.port)
+        return Prefiller(engine, transport, args.reach, args.port, args.handoff_seconds)
     key = next(iter(_keys(args)), None)
     return Decoder(engine, transport, args.handoff_seconds, key)
 

@@ -52,6 +52,10 @@ class Role(Protocol):
 
     def figures(self) -> Figures: ...
 
+    def info(self) -> dict[str, Any]:
+        """What /server_info tells of it."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -53,7 +53,9 @@ async def server_info(request: Request) -> dict[str, Any]:
         return told
     engine = host.ready.service.engine
     board, options, stats = engine.board, engine.options, engine.stats
+    role = host.ready.role
     return told | {
+        **(role.info() if role else {}),
         "draft": options.draft,
         "capacity": options.capacity,
         "rows": options.rows,

@@ -75,11 +75,16 @@ def pool_bytes(engine: Engine) -> int:
 
 
 class Prefiller:
-    """The role of a server that reads prompts for others. url: as those reach it."""
+    """The role of a server that reads prompts for others.
 
-    def __init__(self, engine: Engine, transport: Transport, host: str, port: int) -> None:
+    host, port: as those reach it. seconds: how long a value waits for somebody who wants it.
+    """
+
+    def __init__(
+        self, engine: Engine, transport: Transport, host: str, port: int, seconds: float
+    ) -> None:
         self.values, self.host, self.port = Values(engine), host, port
-        self.sender = Sender(transport, first=BELL)
+        self.sender = Sender(transport, seconds, first=BELL)
         self.transport = transport
 
     async def prepared(
@@ -127,6 +132,9 @@ class Prefiller:
     def figures(self) -> Figures:
         stats = self.sender.stats
         return Figures(stats.values, stats.nbytes, stats.seconds, dict(stats.failures))
+
+    def info(self) -> dict[str, Any]:
+        return {"role": "prefill", "handoff_bytes_held": self.sender.regions.taken}
 
     def close(self) -> None:
         self.sender.close()
@@ -210,6 +218,9 @@ class Decoder:
         stats = self.receiver.stats
         failures = dict(stats.failures + self.unreached)
         return Figures(stats.values, stats.nbytes, stats.seconds, failures)
+
+    def info(self) -> dict[str, Any]:
+        return {"role": "decode", "handoff_bytes_held": self.receiver.regions.taken}
 
     def close(self) -> None:
         self.receiver.close()
