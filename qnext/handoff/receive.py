@@ -99,9 +99,11 @@ class Receiver:
             self._news.notify()
         return expected
 
-    def cancel(self, expected: Expected, why: str = "it was cancelled") -> None:
-        """Wait no longer; what still comes is of no matter."""
-        self._end(expected, "cancelled", HandoffError(why))
+    def cancel(
+        self, expected: Expected, why: str = "it was cancelled", failure: str = "cancelled"
+    ) -> None:
+        """Wait no longer; what still comes is of no matter. failure: what it counts as."""
+        self._end(expected, failure, HandoffError(why))
 
     def close(self) -> None:
         """End all that is expected, and the thread."""

@@ -11,7 +11,6 @@ Whatever goes wrong with a hand-off, the side that decodes reads the prompt itse
 import asyncio
 import logging
 import uuid
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -153,7 +152,7 @@ class Decoder:
     ) -> None:
         self.values, self.transport, self.seconds = Values(engine), transport, seconds
         self.receiver = Receiver(transport, first=BELL)
-        self.unreached: Counter[str] = Counter()  # offers that were not taken, by why
+        self.full = 0  # prompts for whose values there was no room
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     async def prepared(
@@ -188,15 +187,17 @@ class Decoder:
         try:
             expected = self.receiver.expect(where.room, claim, layout, self.seconds)
         except HandoffError:
-            self.unreached["full"] += 1
+            self.full += 1
             raise
         try:
-            await self._offer(where, expected.offer)
+            if refusal := await self._offer(where, expected.offer):
+                self.receiver.cancel(expected, *refusal)
             return await asyncio.wrap_future(expected.value)
         finally:
             self.receiver.cancel(expected)  # if nobody waits for it any more
 
-    async def _offer(self, where: Where, offer: Offer) -> None:
+    async def _offer(self, where: Where, offer: Offer) -> tuple[str, str] | None:
+        """Tell the other side; why it does not take the offer, and what that counts as."""
         import aiohttp
 
         limit = aiohttp.ClientTimeout(total=min(self.seconds, SLACK))
@@ -207,16 +208,15 @@ class Decoder:
                 session.post(f"{where.url}/handoff", data=body) as reply,
             ):
                 if reply.status != 202:
-                    self.unreached["refused"] += 1
-                    raise HandoffError(f"{where.url} refuses: {(await reply.text())[:500]}")
+                    return f"{where.url} refuses: {(await reply.text())[:500]}", "refused"
         except (aiohttp.ClientError, TimeoutError) as error:
-            self.unreached["unreachable"] += 1
             why = str(error) or type(error).__name__
-            raise HandoffError(f"{where.url} does not answer: {why}") from error
+            return f"{where.url} does not answer: {why}", "unreachable"
+        return None
 
     def figures(self) -> Figures:
         stats = self.receiver.stats
-        failures = dict(stats.failures + self.unreached)
+        failures = {**stats.failures, "full": self.full}
         return Figures(stats.values, stats.nbytes, stats.seconds, failures)
 
     def info(self) -> dict[str, Any]:

@@ -203,6 +203,7 @@ def test_a_room_that_nobody_reads_costs_time_only(sides: Sides) -> None:
 def test_a_prefiller_that_is_gone_costs_time_only(sides: Sides, how: signal.Signals) -> None:
     body = {"prompt": QUESTION, "temperature": 0, "max_tokens": 12}
     want = texts(sides.alone.post("/v1/completions", **body))
+    before = {name: sides.decode.figure(_failed(name)) for name in ("unreachable", "cancelled")}
     with process(*SIZES, "--role", "prefill") as (started, url):
         port = int(url.rpartition(":")[2])
         os.kill(started.pid, how)
@@ -212,3 +213,9 @@ def test_a_prefiller_that_is_gone_costs_time_only(sides: Sides, how: signal.Sign
         assert time.monotonic() - began < 10
         assert texts(answer) == want and sides.decode.is_clean()
         started.kill()
+    after = {name: sides.decode.figure(_failed(name)) for name in ("unreachable", "cancelled")}
+    assert after == {"unreachable": before["unreachable"] + 1, "cancelled": before["cancelled"]}
+
+
+def _failed(reason: str) -> str:
+    return f'qnext:handoff_failures_total{{model_name="demo",reason="{reason}"}}'
