@@ -2,16 +2,20 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from qnext.embedded import MODEL
 from tests.handoff.test_transport import has_mooncake
 from tests.server.test_process import process
 
@@ -87,15 +91,23 @@ class Sides:
         return read, self.decode.post(path, **body, kv_transfer_params=told)
 
 
-@pytest.fixture(scope="module")
-def sides() -> Iterator[Sides]:
+@contextmanager
+def started(*options: str, draft: int) -> Iterator[Sides]:
+    """Servers with these options; the sides have guesses ahead, the one that does all has none."""
     with ExitStack() as stack:
 
         def server(*more: str) -> Server:
-            return Server(*stack.enter_context(process(*SIZES, *more)))
+            return Server(*stack.enter_context(process(*options, *SIZES, *more)))
 
-        decode = server("--role", "decode", "--draft", "1", "--handoff-seconds", "5")
-        yield Sides(server("--role", "prefill", "--draft", "1"), decode, server())
+        guesses = ("--draft", str(draft))
+        decode = server("--role", "decode", *guesses, "--handoff-seconds", "5")
+        yield Sides(server("--role", "prefill", *guesses), decode, server())
+
+
+@pytest.fixture(scope="module")
+def sides() -> Iterator[Sides]:
+    with started(draft=1) as made:
+        yield made
 
 
 def texts(reply: httpx.Response) -> list[Any]:
@@ -144,6 +156,18 @@ def test_an_answer_is_the_same(sides: Sides, case: str, router: str) -> None:
     values = {"two prompts": 2, "one token": 0}.get(case, 1)
     assert sides.decode.figure("qnext:handoffs_total") - before == values
     assert sides.prefill.is_clean() and sides.decode.is_clean()
+
+
+@pytest.mark.slow
+def test_an_answer_of_int8_weights_is_the_same(tmp_path: Path) -> None:
+    to = tmp_path / "int8"
+    subprocess.run([sys.executable, "-m", "qnext.cli", "quantize", str(MODEL), str(to)], check=True)
+    with started(str(to), "--name", "demo", draft=0) as sides:
+        for path, body in list(BODIES.values())[:2]:
+            for ask in (sides.as_sglang, sides.as_vllm):
+                _, answer = ask(path, **body)
+                assert texts(answer) == texts(sides.alone.post(path, **body))
+        assert sides.decode.figure("qnext:handoffs_total") == 4
 
 
 def test_rooms_of_several_prompts(sides: Sides) -> None:
