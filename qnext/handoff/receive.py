@@ -31,6 +31,7 @@ from qnext.runtime.kept import Kept
 
 log = logging.getLogger("qnext")
 COPIERS = 2  # threads that copy and check a value's tensors
+PAUSE = 0.1  # seconds after a transport failed
 POLL = 0.001  # seconds between looks at the transport, while something is expected
 
 
@@ -126,7 +127,7 @@ class Receiver:
                 if self._closed:
                     return
                 waiting = list(self._expected.values())
-            for notice in self.transport.notices():
+            for notice in self._notices():
                 self._answered(notice)
             now = time.monotonic()
             for expected in waiting:
@@ -134,6 +135,14 @@ class Receiver:
                     why = f"it did not come within {expected.offer.seconds:g} s"
                     self._end(expected, "late", HandoffError(why))
             time.sleep(POLL)
+
+    def _notices(self) -> list[str]:
+        try:
+            return self.transport.notices()
+        except Exception:  # whatever it is, deadlines must be kept
+            log.exception("the transport has no notices")
+            time.sleep(PAUSE)
+            return []
 
     def _answered(self, notice: str) -> None:
         try:

@@ -129,16 +129,16 @@ class Sender:
             self._refuse(outgoing.offer, why)
 
     def close(self) -> None:
-        """Drop all values that are not on their way yet, and wait for those that are."""
+        """Drop all values, and wait for what is being sent."""
         with self._news:
             self._closed = True
             waiting = list(self._rooms.values())
             self._news.notify()
-        self._pool.shutdown()
-        self._reckoner.shutdown()
         for outgoing in waiting:
             self.drop(outgoing, "dropped", "the side that prefills ends")
         self._thread.join()
+        self._pool.shutdown()
+        self._reckoner.shutdown()
 
     def _end(self, outgoing: "Outgoing") -> bool:
         """Whether it was open until now."""
@@ -152,11 +152,16 @@ class Sender:
         return True
 
     def _refuse(self, offer: Offer, why: str) -> None:
+        """Tell a decoder, in another thread: a frozen one must hold nobody up."""
         refusal = Refusal(room=offer.room, attempt=offer.attempt, why=why)
-        try:
-            self.transport.notify(offer.address, refusal.model_dump_json(), PATIENCE)
-        except TransportError as error:
-            log.info("a refusal was not told: %s", error)
+
+        def tell() -> None:
+            try:
+                self.transport.notify(offer.address, refusal.model_dump_json(), PATIENCE)
+            except TransportError as error:
+                log.info("a refusal was not told: %s", error)
+
+        self._pool.submit(tell)
 
     def _send(self, outgoing: "Outgoing") -> None:
         try:

@@ -106,6 +106,14 @@ def _add_role(verb: argparse.ArgumentParser) -> None:
         help="this machine's name or address as the other side reaches it (default: 127.0.0.1)",
     )
     group.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="whom requests to a decoder may name as the one that prefills, repeatable (default: "
+        "anybody, who is not told the --api-key then)",
+    )
+    group.add_argument(
         "--handoff-bytes",
         type=int,
         metavar="B",
@@ -205,7 +213,7 @@ def _role(args: argparse.Namespace, engine: "Engine") -> "Role | None":
     if args.role == "prefill":
         return Prefiller(engine, transport, args.reach, args.port, args.handoff_seconds)
     key = next(iter(_keys(args)), None)
-    return Decoder(engine, transport, args.handoff_seconds, key)
+    return Decoder(engine, transport, args.handoff_seconds, args.peer, key)
 
 
 def _keys(args: argparse.Namespace) -> tuple[str, ...]:

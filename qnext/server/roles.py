@@ -45,8 +45,13 @@ T = TypeVar("T")
 class Where(NamedTuple):
     """A prompt's room at the side that prefills."""
 
-    url: str
+    host: str
+    port: int
     room: str
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
 
 
 class Values:
@@ -143,17 +148,24 @@ class Prefiller:
 class Decoder:
     """The role of a server that answers prompts which others have read.
 
-    seconds: how long a hand-off may take; then the prompt is read here. key: for the side that
-    prefills, where it wants one.
+    seconds: how long a hand-off may take; then the prompt is read here. peers: the hosts that may
+    be named as those which prefill (none: any); they alone are told the `key`, if they want one.
     """
 
     def __init__(
-        self, engine: Engine, transport: Transport, seconds: float, key: str | None = None
+        self,
+        engine: Engine,
+        transport: Transport,
+        seconds: float,
+        peers: Sequence[str] = (),
+        key: str | None = None,
     ) -> None:
         self.values, self.transport, self.seconds = Values(engine), transport, seconds
         self.receiver = Receiver(transport, first=BELL)
         self.full = 0  # prompts for whose values there was no room
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.peers = frozenset(peers)
+        # whoever sends a request says where its prompt is read: no key goes to just anybody
+        self._headers = {"Authorization": f"Bearer {key}"} if key and peers else {}
 
     async def prepared(
         self, asked: Placed, each: Sequence[Sequence[Asked]]
@@ -162,6 +174,9 @@ class Decoder:
         places = _places(asked, len(each))
         if places is None:
             return [list(choices) for choices in each], {}
+        for where in places:
+            if self.peers and where.host not in self.peers:
+                raise ApiError(403, f"{where.host!r} is no --peer of this server")
         starts = await asyncio.gather(
             *(self._start(where, c[0].tokens) for where, c in zip(places, each, strict=True))
         )
@@ -263,21 +278,24 @@ def _places(asked: Placed, count: int) -> list[Where] | None:
                 "bootstrap_room",
             )
         return [
-            Where(f"http://{host}:{port}", room)
-            for host, port, room in zip(hosts, ports, rooms, strict=True)
+            Where(host, port, room) for host, port, room in zip(hosts, ports, rooms, strict=True)
         ]
     given = asked.kv_transfer_params or {}
     if not given.get("do_remote_prefill"):
         return None
     rooms = given.get("rooms")
     host, port = given.get("remote_host"), given.get("remote_port")
-    named = isinstance(host, str) and isinstance(port, int)
-    if not (named and isinstance(rooms, list) and len(rooms) == count):
+    if not (
+        isinstance(host, str)
+        and isinstance(port, int)
+        and isinstance(rooms, list)
+        and len(rooms) == count
+    ):
         raise bad(
             "kv_transfer_params: give those that the side which prefills has answered",
             "kv_transfer_params",
         )
-    return [Where(f"http://{host}:{port}", str(room)) for room in rooms]
+    return [Where(host, port, str(room)) for room in rooms]
 
 
 def _each(value: T | list[T] | None, count: int, name: str) -> list[T] | None:

@@ -256,6 +256,36 @@ def test_a_prompt_that_could_not_be_read(sides: Sides) -> None:
     assert sides.is_clean() and sides.sender.stats.failures == {"dropped": 1}
 
 
+def test_a_frozen_decoder_holds_nobody_up(sides: Sides) -> None:
+    """Neither the engine's thread nor the clock waits until a refusal is told."""
+    held = threading.Event()
+    sides.faults.on_notify = lambda message: message if held.wait(5) else None
+    pairs = [(sides.expect(str(n), seconds=0.3), sides.open(str(n))) for n in range(3)]
+    for expected, _ in pairs:
+        sides.sender.offered(expected.offer)
+    began = time.monotonic()
+    pairs[0][1].fail("it could not be read")
+    assert time.monotonic() - began < 0.2
+    assert sides.is_clean() and time.monotonic() - began < 2
+    held.set()
+
+
+def test_deadlines_are_kept_without_a_transport(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> list[str]:
+        raise OSError("no such device")
+
+    expected = sides.expect(seconds=0.3)
+    monkeypatch.setattr(sides.there, "notices", broken)
+    assert why(expected) == "it did not come within 0.3 s"
+    monkeypatch.undo()
+    again, outgoing = sides.expect("8"), sides.open("8")
+    sides.sender.offered(again.offer)
+    outgoing.rest(kept(), 0)
+    assert equal(value(again), kept())
+
+
 @pytest.mark.parametrize("lost", ["the bytes", "the commit", "a byte", "half of the commit"])
 def test_what_is_lost_or_torn_is_no_value(sides: Sides, lost: str) -> None:
     expected, outgoing = sides.expect(seconds=0.4), sides.open()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,38 @@ def test_places_that_make_no_sense_are_refused(
 ) -> None:
     reply = sides.decode.post("/v1/completions", **{"prompt": "Who", "max_tokens": 3, **placed})
     assert reply.status_code == 400 and why in reply.json()["error"]["message"]
+
+
+@pytest.mark.slow
+def test_keys_go_to_peers_alone(sides: Sides) -> None:
+    """A client names who prefills: it must not be told a key by that."""
+    seen = list[str | None]()
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            seen.append(self.headers.get("Authorization"))
+            self.send_response(409)
+            self.end_headers()
+
+        def log_message(self, *told: Any) -> None:
+            return
+
+    with HTTPServer(("127.0.0.1", 0), Listener) as listener:
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        named = {"bootstrap_port": listener.server_port, "bootstrap_room": 3}
+        key = {"Authorization": "Bearer secret"}
+        for peers, told in (((), None), (("--peer", "127.0.0.1"), "Bearer secret")):
+            options = (*SIZES, "--role", "decode", "--api-key", "secret", *peers)
+            with process(*options) as (_, url):
+
+                def ask(host: str, url: str = url) -> httpx.Response:
+                    body = {"prompt": "Who are", "max_tokens": 3, "bootstrap_host": host, **named}
+                    return httpx.post(f"{url}/v1/completions", json=body, headers=key, timeout=60)
+
+                assert ask("127.0.0.1").status_code == 200 and seen.pop() == told
+                if peers:
+                    assert ask("localhost").status_code == 403 and not seen
+        listener.shutdown()
 
 
 def test_offers_are_taken_where_prompts_are_read_alone(sides: Sides) -> None:
