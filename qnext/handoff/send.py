@@ -10,6 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Condition, Lock, Thread
@@ -33,7 +34,7 @@ from qnext.handoff.transport import Copy, Transport, TransportError
 from qnext.runtime.kept import Kept
 
 log = logging.getLogger("qnext")
-SENDERS = 4  # values that are sent at once
+SENDERS = 32  # values that are sent at once; those to frozen decoders wait there, too
 PATIENCE = 5.0  # seconds for a refusal to be told
 PART = 48 << 20  # bytes of tensors that are sent, and looked at, together
 TICK = 0.1  # seconds between looks at the clock
@@ -86,7 +87,8 @@ class Sender:
             self.regions.give_back(begin)
             raise HandoffError(f"room {room} is taken already, or this side ends")
         if offer is not None:
-            self.offered(offer)
+            with suppress(HandoffError):  # its decoder is told; the room waits for the right one
+                self.offered(offer)
         return outgoing
 
     def offered(self, offer: Offer) -> None:
@@ -161,7 +163,8 @@ class Sender:
             except TransportError as error:
                 log.info("a refusal was not told: %s", error)
 
-        self._pool.submit(tell)
+        with suppress(RuntimeError):  # this side ends, and its connections with it
+            self._pool.submit(tell)
 
     def _send(self, outgoing: "Outgoing") -> None:
         try:

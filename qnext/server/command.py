@@ -122,10 +122,10 @@ def _add_role(verb: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--handoff-seconds",
         type=float,
-        default=10.0,
+        default=30.0,
         metavar="S",
-        help="how long one may take, and a value wait for its decoder; then the decoder reads the "
-        "prompt itself (default: 10)",
+        help="how long one may take, the reading of the prompt included, and a value wait for its "
+        "decoder; then the decoder reads the prompt itself (default: 30)",
     )
 
 

@@ -246,6 +246,36 @@ def test_another_prompt_is_refused_on_both_sides(sides: Sides) -> None:
     assert sides.receiver.stats.failures == {"refused": 1}
 
 
+def test_a_wrong_offer_that_came_first_is_refused(sides: Sides) -> None:
+    wrong = sides.expect(seed=6)
+    sides.sender.offered(wrong.offer)
+    outgoing = sides.open()
+    assert "another prompt" in why(wrong)
+    right = sides.expect()
+    sides.sender.offered(right.offer)
+    outgoing.rest(kept(), 0)
+    assert equal(value(right), kept()) and sides.is_clean()
+
+
+def test_a_frozen_decoder_does_not_keep_values_from_others(sides: Sides) -> None:
+    held = threading.Event()
+    sides.faults.on_write = lambda: bool(held.wait(5)) and None
+    for number in range(6):
+        frozen = sides.expect(str(number))
+        sides.sender.offered(frozen.offer)
+        sides.open(str(number)).rest(kept(), 0)
+    until = time.monotonic() + 1
+    while time.monotonic() < until:  # all of them are being sent
+        time.sleep(0.05)
+    sides.faults.on_write = lambda: None
+    expected, outgoing = sides.expect("other"), sides.open("other")
+    sides.sender.offered(expected.offer)
+    outgoing.rest(kept(), 0)
+    assert equal(expected.value.result(3), kept())
+    held.set()
+    assert sides.is_clean()
+
+
 def test_a_prompt_that_could_not_be_read(sides: Sides) -> None:
     expected, outgoing = sides.expect(), sides.open()
     sides.sender.offered(expected.offer)
