@@ -114,8 +114,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    titles = {"tokens": 8, "MB": 8, "raw, ms": 10, "GB/s": 7, "hand-off, ms": 14, "GB/s ": 7}
-    print("".join(f"{title:>{width}}" for title, width in titles.items()), f"{'share':>6}")
+    titles = ("tokens", 8), ("MB", 8), ("raw, ms", 10), ("GB/s", 7), ("hand-off, ms", 14)
+    print("".join(f"{title:>{width}}" for title, width in (*titles, ("GB/s", 7), ("share", 7))))
     for tokens in args.tokens:
         row = measure(args.transport, tokens, args.rounds)
         raw, handed = (row["bytes"] / row[k] / 1e9 for k in ("raw_seconds", "handoff_seconds"))

@@ -26,6 +26,7 @@ import httpx
 from tqdm import tqdm
 
 from benchmarks.eager import where_measured
+from benchmarks.serving import free_port
 
 SIZES = ("--rows", "4", "--capacity", "768", "--chunk", "64", "--handoff-seconds", "3")
 HANG = 60.0  # seconds after which a request hangs
@@ -36,7 +37,7 @@ class Server:
     """A `qnext serve` of the demo that can be killed, frozen and started anew on its port."""
 
     def __init__(self, *options: str) -> None:
-        self.options, self.port = options, _free_port()
+        self.options, self.port = options, free_port()
         self.lock = threading.Lock()
         self.start()
 
@@ -92,15 +93,6 @@ class Server:
             left = {name: count for name, count in counts.items() if count}
             time.sleep(0.1)
         return left
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def bodies(seed: int) -> list[dict[str, Any]]:

@@ -48,12 +48,18 @@ class Server:
         return int(line.split()[1]) * 1024
 
 
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
 @contextlib.contextmanager
 def server(*options: str) -> Iterator[Server]:
     """`qnext serve` of the demo, warm; it must end with status 0 at SIGTERM."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "qnext.cli", "serve", "--quiet", "--port", str(port), *options]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     made = Server(f"http://127.0.0.1:{port}", process)

@@ -1,4 +1,4 @@
-"""Transports of one process: what tests and a server with both roles use."""
+"""Transports of one process, for whoever has both sides in it."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -7,7 +7,13 @@ from threading import Lock
 
 from torch import Tensor
 
-from qnext.handoff.transport import Copy, TransportError, check_copies, check_pool
+from qnext.handoff.transport import (
+    Copy,
+    TransportError,
+    check_copies,
+    check_pool,
+    check_targets,
+)
 
 
 class Hub:
@@ -47,9 +53,8 @@ class InProcess:
     def write(self, peer: str, copies: Sequence[Copy], seconds: float) -> None:
         check_copies(copies, self.pool.numel())
         target = self._peer(peer).pool
+        check_targets(copies, peer, target.numel())
         for copy in copies:
-            if copy.target + copy.nbytes > target.numel():
-                raise TransportError(peer, f"{copy} goes beyond the pool there")
             source = self.pool[copy.source : copy.source + copy.nbytes]
             target[copy.target : copy.target + copy.nbytes] = source
 

@@ -62,14 +62,10 @@ class Layout(NamedTuple):
         whole = len(entries) == len(self.entries)
         return Layout(self.specs if whole else self.specs._replace(mtp=()), entries)
 
-    def only_these(self, entries: Iterable[Entry]) -> "Layout":
-        """The places of some tensors; no value by itself."""
-        return self._replace(entries=tuple(entries))
-
 
 def layout_of(state: State, pages: int) -> Layout:
     """The layout of values with so many pages, of a row of this state."""
-    return laid_out(specs_of(state, pages))
+    return laid_out(_taken(state, pages))
 
 
 def laid_out(specs: Kept) -> Layout:
@@ -81,7 +77,7 @@ def laid_out(specs: Kept) -> Layout:
     return Layout(specs, tuple(entries))
 
 
-def specs_of(state: State, pages: int) -> Kept:
+def _taken(state: State, pages: int) -> Kept:
     """What `take` yields of a row with so many pages, as specs."""
     more = state.slots.shape[1] - 1  # inputs that windows have room for beside those that matter
 
@@ -141,13 +137,13 @@ def unpack(layout: Layout, region: Tensor) -> Kept:
     return kept
 
 
-def checksums(layout: Layout, region: Tensor) -> dict[str, int]:
-    """Checksums of the bytes of each tensor in a region, by path."""
-    return {entry.path: checksum(region[entry.begin : entry.end]) for entry in layout.entries}
+def checksums(entries: Iterable[Entry], region: Tensor) -> dict[str, int]:
+    """Checksums of the bytes of tensors in a region, by path."""
+    return {entry.path: checksum(region[entry.begin : entry.end]) for entry in entries}
 
 
 def checksum(data: Tensor) -> int:
-    """XXH3 of bytes, 64 bits: a fifth of the time of a CRC-32, which was half of a hand-off's."""
+    """XXH3 of bytes, 64 bits: a fifth of the time of a CRC-32 (measured: 34 and 7 GB/s)."""
     return xxhash.xxh3_64_intdigest(data.cpu().numpy().data)
 
 

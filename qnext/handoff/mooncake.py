@@ -13,7 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from qnext.errors import QnextError
-from qnext.handoff.transport import Copy, TransportError, check_copies, check_pool
+from qnext.handoff.transport import (
+    Copy,
+    TransportError,
+    check_copies,
+    check_pool,
+    check_targets,
+)
 
 BELL = 64  # first bytes of a pool, which notices write to: a message comes with a transfer only
 NAME = "qnext"
@@ -49,9 +55,7 @@ class MooncakeTransport:
     def write(self, peer: str, copies: Sequence[Copy], seconds: float) -> None:
         check_copies(copies, self.pool.numel())
         session, base, nbytes = _parts(peer)
-        for copy in copies:
-            if copy.target + copy.nbytes > nbytes:
-                raise TransportError(peer, f"{copy} goes beyond the pool there")
+        check_targets(copies, peer, nbytes)
         given = (
             [self._base + copy.source for copy in copies],
             [base + copy.target for copy in copies],

@@ -50,13 +50,16 @@ class Expected:
 
 @dataclass
 class Received:
-    """What became of values so far; `stale` are answers to attempts that were given up."""
+    """What became of values so far; `stale` are answers to attempts that were given up.
+
+    Failures are refused, torn, late, cancelled, or what `cancel` was told.
+    """
 
     values: int = 0
     nbytes: int = 0
     seconds: float = 0.0  # from the offers to the values, all together
     stale: int = 0
-    failures: Counter[str] = field(default_factory=Counter)  # refused, torn, late, cancelled
+    failures: Counter[str] = field(default_factory=Counter)
 
 
 class Receiver:

@@ -47,7 +47,7 @@ class Sent:
     values: int = 0
     nbytes: int = 0
     seconds: float = 0.0  # of writing, all together
-    failures: Counter[str] = field(default_factory=Counter)  # refused, unreachable, late, dropped
+    failures: Counter[str] = field(default_factory=Counter)  # unreachable, late, dropped
 
 
 class Sender:
@@ -117,9 +117,9 @@ class Sender:
         if not self._closed:
             self._pool.submit(self._send, outgoing)
 
-    def reckon(self, layout: Layout, region: Tensor) -> "Future[dict[str, int]]":
-        """The checksums of a region, by another thread."""
-        return self._reckoner.submit(checksums, layout, region)
+    def reckon(self, entries: Sequence[Entry], region: Tensor) -> "Future[dict[str, int]]":
+        """The checksums of tensors in a region, by another thread."""
+        return self._reckoner.submit(checksums, entries, region)
 
     def drop(self, outgoing: "Outgoing", failure: str, why: str) -> None:
         """A value that does not go out; the decoder is told."""
@@ -267,7 +267,7 @@ class Outgoing:
         wanted = shared(self.claim, offer.claim)
         whole = [entry for entry in parcel.whole if entry.path in wanted]
         # reckoned while they are on their way
-        sums = self._sender.reckon(self._layout.only_these(whole), self._region)
+        sums = self._sender.reckon(whole, self._region)
         places = [(e.begin, e.end) for e in self._layout.entries if e.path in wanted]
         ranges = [r for r in parcel.ranges if any(low <= r[0] < high for low, high in places)]
         copies = [Copy(self.begin + at, offer.begin + at, n) for at, n in together(ranges)]

@@ -7,6 +7,7 @@ registrations. What is sent lies in the pool, what arrives comes to lie there.
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from qnext.errors import InputError, QnextError
@@ -63,7 +64,7 @@ class Transport(Protocol):
 def check_pool(pool: Tensor) -> None:
     """Raise InputError unless a tensor can be a pool."""
     kind = f"{pool.dtype} {list(pool.shape)}"
-    if pool.dtype.itemsize != 1 or pool.ndim != 1 or not pool.is_contiguous() or not pool.numel():
+    if pool.dtype != torch.uint8 or pool.ndim != 1 or not pool.is_contiguous() or not pool.numel():
         raise InputError(f"a pool must be bytes [n], uint8, that lie together, got {kind}")
 
 
@@ -73,3 +74,10 @@ def check_copies(copies: Sequence[Copy], nbytes: int) -> None:
         inside = 0 <= copy.source <= copy.source + copy.nbytes <= nbytes
         if copy.nbytes <= 0 or copy.target < 0 or not inside:
             raise InputError(f"{copy} does not lie within the pool's {nbytes} bytes")
+
+
+def check_targets(copies: Sequence[Copy], peer: str, nbytes: int) -> None:
+    """Raise TransportError unless all targets lie within the peer's pool of so many bytes."""
+    for copy in copies:
+        if copy.target + copy.nbytes > nbytes:
+            raise TransportError(peer, f"{copy} goes beyond the pool there")

@@ -157,6 +157,8 @@ def run_serve(args: argparse.Namespace) -> int:
         raise InputError(
             f"qnext serve needs {error.name}, of its extra: pip install 'qnext[serve]'"
         ) from error
+    if args.role == "prefill" and not args.port:
+        raise InputError("--role prefill: give the --port that decoders are to reach, not 0")
     given = vars(args)
     options = Options(**{f.name: given[f.name] for f in fields(Options) if f.name in given})
     listening = Listening(

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -19,7 +19,7 @@ from qnext.runtime.request import Request as Asked
 from qnext.runtime.service import Service
 from qnext.server.asked import Reader
 from qnext.server.errors import ApiError, of_exception
-from qnext.server.metrics import Metrics, Timer
+from qnext.server.metrics import Figures, Metrics, Timer
 from qnext.server.schema import Placed
 from qnext.text import Tokenizer
 
@@ -32,15 +32,6 @@ class GoneError(Exception):
     """The client left before its answer was complete."""
 
 
-class Figures(NamedTuple):
-    """Of hand-offs so far: values, their bytes, the seconds they took, and failures by reason."""
-
-    values: int
-    nbytes: int
-    seconds: float
-    failures: dict[str, int]
-
-
 class Role(Protocol):
     """A server's part where prompts are read by one server and answered by another."""
 
@@ -50,13 +41,17 @@ class Role(Protocol):
         """For each prompt, what is asked of the engine; and what an answer tells beside."""
         ...
 
-    def figures(self) -> Figures: ...
+    def figures(self) -> Figures:
+        """What /metrics tells of it."""
+        ...
 
     def info(self) -> dict[str, Any]:
         """What /server_info tells of it."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End what is under way, and the transport."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """GET /metrics: vLLM's names, which dashboards, routers and load generators read, and our own."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -97,10 +97,19 @@ def _reasons(engine: Engine) -> dict[str, int]:
     return counts
 
 
+class Figures(NamedTuple):
+    """Of hand-offs so far: values, their bytes, the seconds they took, and failures by reason."""
+
+    values: int
+    nbytes: int
+    seconds: float
+    failures: dict[str, int]
+
+
 class HandoffCollector:
     """Counts of hand-offs, read when they are asked for."""
 
-    def __init__(self, figures: Callable[[], Any], model: str) -> None:
+    def __init__(self, figures: Callable[[], Figures], model: str) -> None:
         self.figures, self.model = figures, model
 
     def collect(self) -> Iterator[Metric]:
@@ -150,7 +159,7 @@ class Metrics:
         """Count a response."""
         self.responses.labels(handler, status).inc()
 
-    def watch(self, service: Service, handoffs: Callable[[], Any] | None = None) -> None:
+    def watch(self, service: Service, handoffs: Callable[[], Figures] | None = None) -> None:
         """Tell of an engine, too, and of hand-offs, whose figures a function gives."""
         self.registry.register(EngineCollector(service, self.model))
         if handoffs is not None:

@@ -15,24 +15,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from fastapi import APIRouter, Request, Response
-from torch import Tensor
 
 from qnext.functional.state import State, pages_of
-from qnext.functional.tree import map_leaves
 from qnext.handoff.layout import Layout, layout_of
 from qnext.handoff.manifest import Claim, HandoffError, Offer, claim_of
 from qnext.handoff.mooncake import BELL
 from qnext.handoff.receive import Receiver
 from qnext.handoff.send import Sender
 from qnext.handoff.transport import Transport
+from qnext.lowering.trace import specs_of
 from qnext.runtime.engine import Engine
 from qnext.runtime.files import weights_digest
 from qnext.runtime.kept import Kept
 from qnext.runtime.request import Request as Asked
 from qnext.server.errors import ApiError, bad
-from qnext.server.host import Figures
+from qnext.server.metrics import Figures
 from qnext.server.native import host_of
 from qnext.server.schema import Placed
 
@@ -58,10 +56,7 @@ class Values:
     """What values of an engine's model are: of which weights, laid out how."""
 
     def __init__(self, engine: Engine) -> None:
-        def spec(leaf: Tensor) -> Tensor:
-            return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
-
-        self.like: State = map_leaves(spec, engine.worker.state)
+        self.like: State = specs_of(engine.worker.state)
         self.model = engine.params.config.fingerprint
         self.weights = weights_digest(engine.params)
 

@@ -114,12 +114,12 @@ def test_a_bit_that_differs_is_seen() -> None:
     layout = layout_of(state, 2)
     memory = region(layout)
     pack(value(state, 4), layout, memory)
-    before = checksums(layout, memory)
+    before = checksums(layout.entries, memory)
     assert list(before) == [entry.path for entry in layout.entries]
     for entry in layout.entries:
         for place in (entry.begin, entry.end - 1):
             memory[place] ^= 1
-            after = checksums(layout, memory)
+            after = checksums(layout.entries, memory)
             assert [path for path in before if after[path] != before[path]] == [entry.path]
             memory[place] ^= 1
 

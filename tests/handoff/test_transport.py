@@ -95,7 +95,7 @@ def test_what_lies_outside_of_a_pool_is_refused(make: Make) -> None:
         with pytest.raises(qn.InputError, match="does not lie within the pool's 1048576 bytes"):
             a.write(b.address, [Copy(100, 100, 100), copy], SECONDS)
     with pytest.raises(TransportError, match="beyond the pool there"):
-        a.write(b.address, [Copy(100, SIZE - 99, 100)], SECONDS)
+        a.write(b.address, [Copy(100, 100, 100), Copy(100, SIZE - 99, 100)], SECONDS)
     assert torch.equal(there, noise(SIZE, seed=1))
     a.write(b.address, [Copy(100, SIZE - 100, 100)], SECONDS)  # it can go on
     assert torch.equal(there[-100:], here[100:200])
@@ -154,8 +154,13 @@ def test_many_write_at_once(make: Make) -> None:
 
 @pytest.mark.parametrize(
     "pool",
-    [torch.zeros(5), torch.zeros(3, 7, dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8)],
-    ids=["floats", "two axes", "empty"],
+    [
+        torch.zeros(5),
+        torch.zeros(5, dtype=torch.int8),
+        torch.zeros(3, 7, dtype=torch.uint8),
+        torch.zeros(0, dtype=torch.uint8),
+    ],
+    ids=["floats", "signed", "two axes", "empty"],
 )
 def test_a_pool_is_bytes_that_lie_together(make: Make, pool: Tensor) -> None:
     with pytest.raises(qn.InputError, match=r"a pool must be bytes \[n\], uint8"):

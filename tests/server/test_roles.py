@@ -141,14 +141,18 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("router", ["sglang", "vllm"])
-@pytest.mark.parametrize(
-    "case", ["greedy", *(pytest.param(c, marks=pytest.mark.slow) for c in list(BODIES)[1:])]
-)
+def answered() -> Iterator[Any]:
+    """Each case by each router; sglang-router names as many rooms as prompts: a test of its own."""
+    for case in BODIES:
+        for router in ("sglang", "vllm"):
+            if (case, router) != ("two prompts", "sglang"):
+                marks = () if case == "greedy" else (pytest.mark.slow,)
+                yield pytest.param(case, router, marks=marks)
+
+
+@pytest.mark.parametrize(("case", "router"), [*answered()])
 def test_an_answer_is_the_same(sides: Sides, case: str, router: str) -> None:
     path, body = BODIES[case]
-    if router == "sglang" and isinstance(body.get("prompt"), list) and len(body["prompt"]) > 1:
-        pytest.skip("sglang-router gives such a body as many rooms as prompts: see below")
     before = sides.decode.figure("qnext:handoffs_total")
     ask = sides.as_sglang if router == "sglang" else sides.as_vllm
     read, answer = ask(path, **body)
@@ -203,6 +207,27 @@ def test_places_that_make_no_sense_are_refused(
 ) -> None:
     reply = sides.decode.post("/v1/completions", **{"prompt": "Who", "max_tokens": 3, **placed})
     assert reply.status_code == 400 and why in reply.json()["error"]["message"]
+
+
+@pytest.mark.slow
+def test_full_pools(sides: Sides) -> None:
+    """The decoder reads the prompt itself; the side that prefills says that it has no room."""
+    small = (*SIZES, "--handoff-bytes", "1000", "--role")
+    body = {"prompt": QUESTION, "temperature": 0, "max_tokens": 12, "bootstrap_host": "127.0.0.1"}
+    placed = {"bootstrap_port": sides.prefill.port, "bootstrap_room": 77}
+    with process(*small, "prefill") as (_, url):
+        reply = Server(None, url).post("/v1/completions", **body, **placed)
+        assert reply.status_code == 503 and "has no room" in reply.json()["error"]["message"]
+    with process(*small, "decode") as (_, url):
+        answer = Server(None, url).post("/v1/completions", **body, **placed)
+        assert texts(answer) == texts(sides.alone.post("/v1/completions", **body))
+        assert Server(None, url).figure(_failed("full")) == 1
+
+
+def test_a_prefiller_needs_a_port() -> None:
+    command = [sys.executable, "-m", "qnext.cli", "serve", "--role", "prefill", "--port", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2 and "--role prefill: give the --port" in ended.stderr
 
 
 @pytest.mark.slow

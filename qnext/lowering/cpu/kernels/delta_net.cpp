@@ -9,7 +9,6 @@ namespace qnext {
 template <int N> using Number = std::integral_constant<int, N>;  // of rows, to choose code by
 
 constexpr int64_t CHANNELS = 256;  // of the convolution, that one task takes, or a multiple
-constexpr int64_t PRODUCTS = 8192;  // that one task makes at least
 constexpr int64_t STATE_ROWS = 64;  // of a head's state, that one task carries through time
 
 // short_conv(x [batch, seq, conv], weight [conv, width], window [rows, window, conv], rows, offset,

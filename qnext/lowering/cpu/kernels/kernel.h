@@ -103,6 +103,9 @@ struct Span {
   int64_t size() const { return end - begin; }
 };
 
+// Products that a task makes at least: fewer take less time than threads need to share them.
+constexpr int64_t PRODUCTS = 8192;
+
 // Items a task covers: some 16 tasks or more, of at most `most` items, a multiple of `unit`.
 inline int64_t share(int64_t n, int64_t unit, int64_t most) {
   int64_t each = n > 0 ? ceil_div(ceil_div(n, 16), unit) * unit : unit;  // a divisor

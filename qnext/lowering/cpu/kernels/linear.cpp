@@ -6,9 +6,7 @@
 
 namespace qnext {
 
-// Of a weight's rows, those that one task takes: for so many products as take longer than threads
-// need to share them.
-constexpr int64_t PRODUCTS = 8192;
+// Of a weight's rows, those that one task takes.
 static int64_t rows_a_task(const Tensor& x, const Tensor& weight) {
   int64_t each = share(weight.size[0], TILE_ROWS, ROW_BLOCK), products = weight.size[1] * x.rows();
   int64_t least = ceil_div(PRODUCTS / (products + 1), TILE_ROWS) * TILE_ROWS;

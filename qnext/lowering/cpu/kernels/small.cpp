@@ -164,13 +164,13 @@ template <class F> static void each_row(const Tensor& y, int64_t task, F f) {
 }
 
 // copy(x) -> y, together
-static int64_t clone_tasks(const Call& c, int64_t phase) { return copy_tasks(c[1]); }
+static int64_t clone_tasks(const Call& c, int64_t) { return copy_tasks(c[1]); }
 static void clone(const Call& c, int64_t, int64_t task) {
   each_row(c[1], task, [&](int64_t r) { copy_row(c[0], c[0].place(r), c[1], c[1].place(r)); });
 }
 
 // write_back(into, values): the memory of `into` holds them
-static int64_t write_back_tasks(const Call& c, int64_t phase) { return copy_tasks(c[0]); }
+static int64_t write_back_tasks(const Call& c, int64_t) { return copy_tasks(c[0]); }
 static void write_back(const Call& c, int64_t, int64_t task) {
   each_row(c[0], task, [&](int64_t r) { copy_row(c[1], c[1].place(r), c[0], c[0].place(r)); });
 }
@@ -198,7 +198,7 @@ static void join(const Call& c, int64_t, int64_t task) {
 }
 
 // rows(x [n, d], index [*batch]) -> y [*batch, d]
-static int64_t rows_tasks(const Call& c, int64_t phase) { return copy_tasks(c[2]); }
+static int64_t rows_tasks(const Call& c, int64_t) { return copy_tasks(c[2]); }
 static void rows(const Call& c, int64_t, int64_t task) {
   each_row(c[2], task, [&](int64_t r) {
     int64_t at = 0, left = r;  // r in order, over the axes of the index
@@ -213,7 +213,7 @@ static void rows(const Call& c, int64_t, int64_t task) {
 
 // pick(x, index; axis) -> y: number index[.., i, ..] of an axis of x; the index is spread over the
 // other axes, and where it is over the last one it picks whole rows
-static int64_t pick_tasks(const Call& c, int64_t phase) { return copy_tasks(c[2]); }
+static int64_t pick_tasks(const Call& c, int64_t) { return copy_tasks(c[2]); }
 static void pick(const Call& c, int64_t, int64_t task) {
   const Tensor &x = c[0], &index = c[1], &y = c[2];
   int64_t axis = c.integer(0), size = bytes(y), last = y.dims - 1;
