@@ -5,9 +5,9 @@
 
 The value is that of the 80B model's layers in float32 states and bfloat16 keys, 77 MB and 24 KiB a
 token, of random numbers. Raw is the engine's own batch write of the same buffers, one a tensor,
-from and to the same pools; a hand-off is everything from a value that an engine has taken out of
-its pools to one that a decoder can put into its own: packing, writing, checksums, the commit, the
-copy.
+from and to the same pools; a hand-off is everything from a value that an engine has copied out of
+its pools, which is told beside, to one that a decoder can put into its own: parts, writing,
+checksums, the commit, the copy.
 Rounds go through both in turn.
 """
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.eager import where_measured
 from qnext.functional.state import KV, Delta, pages_of
-from qnext.functional.tree import map_leaves
+from qnext.functional.tree import leaves, map_leaves
 from qnext.handoff.group import GroupTransport
 from qnext.handoff.layout import laid_out
 from qnext.handoff.manifest import Offer, claim_of
@@ -34,7 +34,7 @@ from qnext.handoff.mooncake import BELL, MooncakeTransport
 from qnext.handoff.receive import Receiver
 from qnext.handoff.send import Sender
 from qnext.handoff.transport import Copy
-from qnext.runtime.kept import Kept
+from qnext.runtime.kept import Kept, copy_alone
 
 MAKE: dict[str, Any] = {"mooncake": MooncakeTransport, "group": GroupTransport}
 LAYERS, EVERY = 48, 4  # of the 80B model; each fourth has attention
@@ -80,7 +80,7 @@ def measure(kind: str, tokens: int, rounds: int) -> dict[str, Any]:
     claim = claim_of("80B", "random", range(tokens), layout)
     buffers = [Copy(BELL + e.begin, BELL + e.begin, e.nbytes) for e in layout.entries]
     command = [sys.executable, "-m", "benchmarks.handoff", "--decoder", kind, str(tokens)]
-    raw, handed = list[float](), list[float]()
+    raw, copied, handed = list[float](), list[float](), list[float]()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, **pipes) as other:  # type: ignore[call-overload]
         address = other.stdout.readline().strip()
@@ -91,18 +91,32 @@ def measure(kind: str, tokens: int, rounds: int) -> dict[str, Any]:
             other.stdin.write(f"{number}\n")
             other.stdin.flush()
             offer = Offer.model_validate_json(other.stdout.readline())
-            began = time.perf_counter()
             outgoing = sender.open(str(number), claim, layout)
             sender.offered(offer)
-            outgoing.rest(value, 0)
+            portion = outgoing.portion(0, pages_of(tokens), ends=True)
+            began = time.perf_counter()
+            for into, leaf in zip(leaves(portion.into), leaves(value), strict=True):
+                copy_alone(into, leaf)
+            copied.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            portion.filled(whole=True)
             assert other.stdout.readline() == "here\n"
             handed.append(time.perf_counter() - began)
         other.stdin.close()
     sender.close()
     transport.close()
     nbytes = sum(entry.nbytes for entry in layout.entries)
-    one, two = (statistics.median(seconds[1:]) for seconds in (raw, handed))  # the first connects
-    return {"tokens": tokens, "bytes": nbytes, "raw_seconds": one, "handoff_seconds": two}
+    one, two, three = (
+        statistics.median(seconds[1:])  # the first connects
+        for seconds in (raw, copied, handed)
+    )
+    return {
+        "tokens": tokens,
+        "bytes": nbytes,
+        "raw_seconds": one,
+        "copy_seconds": two,
+        "handoff_seconds": three,
+    }
 
 
 def main() -> None:
@@ -114,13 +128,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    titles = ("tokens", 8), ("MB", 8), ("raw, ms", 10), ("GB/s", 7), ("hand-off, ms", 14)
-    print("".join(f"{title:>{width}}" for title, width in (*titles, ("GB/s", 7), ("share", 7))))
+    titles = ("tokens", 8), ("MB", 8), ("copy, ms", 10), ("raw, ms", 10), ("GB/s", 7)
+    more = ("hand-off, ms", 14), ("GB/s", 7), ("share", 7)
+    print("".join(f"{title:>{width}}" for title, width in (*titles, *more)))
     for tokens in args.tokens:
         row = measure(args.transport, tokens, args.rounds)
         raw, handed = (row["bytes"] / row[k] / 1e9 for k in ("raw_seconds", "handoff_seconds"))
         print(
-            f"{tokens:8}{row['bytes'] / 1e6:8.0f}{row['raw_seconds'] * 1e3:10.0f}{raw:7.2f}"
+            f"{tokens:8}{row['bytes'] / 1e6:8.0f}{row['copy_seconds'] * 1e3:10.0f}"
+            f"{row['raw_seconds'] * 1e3:10.0f}{raw:7.2f}"
             f"{row['handoff_seconds'] * 1e3:14.0f}{handed:7.2f}{handed / raw:7.0%}"
         )
         if args.json:

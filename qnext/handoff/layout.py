@@ -16,6 +16,7 @@ from qnext.functional.state import KV, Delta, Mtp, State
 from qnext.functional.tree import leaves_with_paths, rebuild
 from qnext.runtime.kept import Kept
 
+BLOCK = 256 << 10  # bytes that a core keeps close
 ALIGNMENT = 64  # bytes: a cache line, and more than any dtype
 PAGED = ("key", "value")  # tensors of which a page of tokens has a part
 
@@ -41,7 +42,9 @@ class Entry(NamedTuple):
         return self.path.rpartition(".")[2] in PAGED
 
     def part(self, first: int, count: int) -> tuple[int, int]:
-        """(where some of its pages begin, their bytes)."""
+        """(where some of its pages begin, their bytes); of others than keys and values all."""
+        if not self.is_paged:
+            return self.begin, self.nbytes
         each = self.nbytes // self.shape[0]
         return self.begin + first * each, count * each
 
@@ -103,37 +106,20 @@ def _taken(state: State, pages: int) -> Kept:
     return Kept(tuple(map(layer, state.layers)), tuple(map(module, follows)))
 
 
-def pack(
-    kept: Kept,
-    layout: Layout,
-    region: Tensor,
-    first: int = 0,
-    paths: Collection[str] | None = None,
-) -> list[tuple[int, int]]:
-    """Copy a value into a region [bytes]; returns (begin, bytes) of what was written.
+def places(layout: Layout, region: Tensor, first: int = 0, count: int | None = None) -> Kept:
+    """A value whose tensors are a region's own bytes.
 
-    Its pages are those from the `first` on of the layout's. paths: of its tensors (default: all).
+    Of its pages so many from the `first` on (default: all).
     """
-    written = list[tuple[int, int]]()
-    for entry, (_, leaf) in zip(layout.entries, leaves_with_paths(kept), strict=True):
-        if paths is not None and entry.path not in paths:
-            continue
-        begin, nbytes = entry.begin, entry.nbytes
-        if entry.is_paged:
-            begin, nbytes = entry.part(first, leaf.shape[0])
-        if nbytes:
-            copy_bytes(region[begin : begin + nbytes], leaf.reshape(-1).view(torch.uint8))
-            written.append((begin, nbytes))
-    return written
 
+    def tensor(entry: Entry) -> Tensor:
+        shape, begin, end = entry.shape, entry.begin, entry.end
+        if entry.is_paged and count is not None:
+            begin, nbytes = entry.part(first, count)
+            shape, end = (count, *shape[1:]), begin + nbytes
+        return region[begin:end].view(entry.dtype).view(shape)
 
-def unpack(layout: Layout, region: Tensor) -> Kept:
-    """The value that a region holds; its tensors are the region's own bytes."""
-    found = [
-        region[entry.begin : entry.end].view(entry.dtype).view(entry.shape)
-        for entry in layout.entries
-    ]
-    kept: Kept = rebuild(layout.specs, found)
+    kept: Kept = rebuild(layout.specs, list(map(tensor, layout.entries)))
     return kept
 
 
@@ -147,16 +133,16 @@ def checksum(data: Tensor) -> int:
     return xxhash.xxh3_64_intdigest(data.cpu().numpy().data)
 
 
-def copy_bytes(into: Tensor, source: Tensor) -> None:
-    """Copy bytes [n], in this thread alone where they lie in the host's memory.
-
-    torch would share them out among its threads, which wait for each other, and steps are using
-    these (measured: 8 ms a tensor, not 0.1, on two cores that something else keeps busy).
-    """
-    if into.device.type == "cpu" == source.device.type:
-        np.copyto(into.numpy(), source.numpy())
-    else:
+def copy_summed(into: Tensor, source: Tensor) -> int:
+    """Copy bytes [n]; the checksum of the copy, reckoned while its blocks are in the cache."""
+    if not into.device.type == "cpu" == source.device.type:
         into.copy_(source)
+        return checksum(into)
+    state, to, found = xxhash.xxh3_64(), into.numpy(), source.numpy()
+    for at in range(0, into.numel(), BLOCK):
+        np.copyto(to[at : at + BLOCK], found[at : at + BLOCK])
+        state.update(to[at : at + BLOCK].data)
+    return state.intdigest()
 
 
 def together(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

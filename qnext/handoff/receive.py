@@ -12,7 +12,7 @@ from uuid import uuid4
 from pydantic import ValidationError
 from torch import Tensor
 
-from qnext.handoff.layout import Entry, Layout, checksum, copy_bytes, unpack
+from qnext.handoff.layout import Entry, Layout, copy_summed, places
 from qnext.handoff.manifest import (
     ANSWER,
     Claim,
@@ -182,7 +182,7 @@ class Receiver:
         self._look_at(expected, commit.checksums)
         if commit.checksums.keys() != {entry.path for entry in layout.entries}:
             raise HandoffError("its commit is of other tensors")
-        return unpack(layout, expected.copy)
+        return places(layout, expected.copy)
 
     def _look_at(self, expected: Expected, checksums: Mapping[str, int]) -> None:
         """Copy the tensors of these checksums, unless they were copied; HandoffError for torn ones.
@@ -193,9 +193,8 @@ class Receiver:
         pool = self.transport.pool[begin : begin + expected.layout.nbytes]
 
         def copied(entry: Entry) -> int:
-            mine = expected.copy[entry.begin : entry.end]
-            copy_bytes(mine, pool[entry.begin : entry.end])
-            return checksum(mine)
+            bytes_of = slice(entry.begin, entry.end)
+            return copy_summed(expected.copy[bytes_of], pool[bytes_of])
 
         news = checksums.keys() - expected.found.keys()
         entries = [entry for entry in expected.layout.entries if entry.path in news]

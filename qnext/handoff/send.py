@@ -8,17 +8,16 @@ for are kept for `hold` seconds.
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from threading import Condition, Lock, Thread
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from qnext.handoff.layout import Entry, Layout, checksums, pack, together
+from qnext.handoff.layout import Entry, Layout, checksums, places, together
 from qnext.handoff.manifest import (
     Claim,
     Commit,
@@ -60,7 +59,9 @@ class Sender:
         self.transport, self.hold, self.stats = transport, hold, Sent()
         self.regions = Regions(transport.pool.numel(), first)
         self._rooms: dict[str, Outgoing] = {}
-        self._offers: dict[str, tuple[Offer, float]] = {}  # for rooms that are not open yet
+        # of rooms that are not open: with the time until which they matter
+        self._offers: dict[str, tuple[Offer, float]] = {}
+        self._given_up: dict[str, tuple[str, float]] = {}  # and why no value comes
         self._pool = ThreadPoolExecutor(SENDERS, "qnext-sender")
         self._reckoner = ThreadPoolExecutor(1, "qnext-reckoner")
         self._news, self._closed = Condition(), False
@@ -71,15 +72,18 @@ class Sender:
         """A value that will come. Raises HandoffError where the room is taken or the pool full."""
         begin = self.regions.take(layout.nbytes)
         if begin is None:
-            raise HandoffError(
+            why = (
                 f"the hand-off pool of {self.transport.pool.numel()} bytes has no room for the "
                 f"{layout.nbytes} of {claim.position} tokens: other values are on their way"
             )
+            self._give_up(room, why)
+            raise HandoffError(why)
         outgoing = Outgoing(self, room, claim, layout, begin)
         with self._news:
             taken = room in self._rooms or self._closed
             if not taken:
                 self._rooms[room] = outgoing
+                self._given_up.pop(room, None)
                 outgoing.until = time.monotonic() + self.hold
                 offer, _ = self._offers.pop(room, (None, 0.0))
             self._news.notify()
@@ -95,6 +99,8 @@ class Sender:
         """A decoder wants a value. Raises HandoffError where it is another than the room's."""
         with self._news:
             outgoing = self._rooms.get(offer.room)
+            if outgoing is None and offer.room in self._given_up:
+                raise HandoffError(self._given_up[offer.room][0])
             if outgoing is None:
                 until = time.monotonic() + min(offer.seconds, self.hold)
                 self._offers[offer.room] = offer, until
@@ -127,6 +133,7 @@ class Sender:
             return
         self.stats.failures[failure] += 1
         log.warning("room %s is not handed off: %s", outgoing.room, why)
+        self._give_up(outgoing.room, why)
         if outgoing.offer is not None and failure != "unreachable":
             self._refuse(outgoing.offer, why)
 
@@ -148,10 +155,19 @@ class Sender:
             if self._rooms.get(outgoing.room) is not outgoing:
                 return False
             del self._rooms[outgoing.room]
-        with outgoing.lock:  # nobody writes to the region any more
+        with outgoing.lock:
             outgoing.is_open = False
-        self.regions.give_back(outgoing.begin)
+        outgoing.give_back()
         return True
+
+    def _give_up(self, room: str, why: str) -> None:
+        """Whoever offers a region for this room, or has, need not wait for it."""
+        with self._news:
+            self._given_up[room] = why, time.monotonic() + self.hold
+            offer, _ = self._offers.pop(room, (None, 0.0))
+            self._news.notify()
+        if offer is not None:
+            self._refuse(offer, why)
 
     def _refuse(self, offer: Offer, why: str) -> None:
         """Tell a decoder, in another thread: a frozen one must hold nobody up."""
@@ -181,14 +197,15 @@ class Sender:
     def _watch(self) -> None:
         while True:
             with self._news:
-                while not (self._rooms or self._offers or self._closed):
+                while not (self._rooms or self._offers or self._given_up or self._closed):
                     self._news.wait()
                 if self._closed:
                     return
                 now = time.monotonic()
                 late = [outgoing for outgoing in self._rooms.values() if now > outgoing.until]
-                for room in [r for r, (_, until) in self._offers.items() if now > until]:
-                    del self._offers[room]
+                for named in (self._offers, self._given_up):
+                    for room in [room for room, (_, until) in named.items() if now > until]:
+                        del named[room]
             for outgoing in late:
                 wanted = "was not read in time" if outgoing.offer else "was not asked for"
                 self.drop(outgoing, "late", f"its value {wanted}")
@@ -196,52 +213,73 @@ class Sender:
 
 
 class Parcel(NamedTuple):
-    """What is sent together: ranges of the region, and the tensors that are whole with them."""
+    """What is sent together: tensors and, of each, a (begin, bytes) of the region.
 
-    ranges: list[tuple[int, int]]
-    whole: tuple[Entry, ...] = ()
+    is_whole: nothing of these tensors is missing any more.
+    """
+
+    parts: list[tuple[Entry, tuple[int, int]]]
+    is_whole: bool
     is_last: bool = False
 
 
 class Outgoing:
-    """A value on its way out; the engine's thread gives it its parts and waits for nothing."""
+    """A value on its way out; who fills its portions waits for nothing.
+
+    Its region is nobody else's before all portions are filled that somebody began.
+    """
 
     def __init__(self, sender: Sender, room: str, claim: Claim, layout: Layout, begin: int) -> None:
         self.room, self.claim, self.begin = room, claim, begin
         self.offer: Offer | None = None
         self.until = 0.0  # on time.monotonic()
-        self.is_open, self.lock = True, Lock()
+        self.is_open, self.filling, self.lock = True, 0, Lock()  # filling: portions under way
+        self._is_given_back = False
         self._sender, self._layout = sender, layout
         self._ready: deque[Parcel] = deque()
         self._sums: dict[str, int] = {}  # checksums of what was sent
         self._sending = Lock()
 
-    def pages(self, kept: Kept, first: int) -> None:
-        """Some pages, from the `first` on; its states are of no matter yet."""
-        paged = [entry for entry in self._layout.entries if entry.is_paged]
-        self._add(kept, first, paged, Parcel)
-
-    def rest(self, kept: Kept, first: int) -> None:
-        """What is left: pages from the `first` on, states, windows."""
-        groups = _parted(self._layout.entries)
-        for number, group in enumerate(groups, start=1):
-            last = number == len(groups)
-            self._add(kept, first, group, partial(Parcel, whole=group, is_last=last))
+    def portion(self, first: int, count: int, ends: bool) -> "_Portion | None":
+        """Room for so many pages from the `first` on, and where that `ends` it for all the rest."""
+        with self.lock:
+            if not self.is_open:
+                return None
+            self.filling += 1
+        into = places(self._layout, self._region, first, count)
+        groups = _parted(self._layout.entries) if ends else [self._paged]
+        parcels = [
+            Parcel([(entry, entry.part(first, count)) for entry in group], is_whole=ends)
+            for group in groups
+        ]
+        if ends:
+            parcels[-1] = parcels[-1]._replace(is_last=True)
+        return _Portion(self, into, parcels)
 
     def fail(self, why: str) -> None:
         """The value will not come: its prompt could not be read."""
         self._sender.drop(self, "dropped", why)
 
-    def _add(
-        self, kept: Kept, first: int, group: Sequence[Entry], parcel: Callable[..., Parcel]
-    ) -> None:
+    def filled(self, parcels: Sequence[Parcel]) -> None:
+        """Nobody writes to a portion any more; these parcels of it are there."""
         with self.lock:
-            if not self.is_open:
-                return
-            paths = {entry.path for entry in group}
-            self._ready.append(parcel(pack(kept, self._layout, self._region, first, paths)))
-        if self.offer is not None:
+            self.filling -= 1
+            self._ready += parcels
+        self.give_back()
+        if self.offer is not None and parcels:
             self._sender.advance(self)
+
+    def give_back(self) -> None:
+        """Free the region, once, if it has ended and nobody writes to it any more."""
+        with self.lock:
+            if self.is_open or self.filling or self._is_given_back:
+                return
+            self._is_given_back = True
+        self._sender.regions.give_back(self.begin)
+
+    @property
+    def _paged(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self._layout.entries if entry.is_paged)
 
     @property
     def _region(self) -> Tensor:
@@ -265,12 +303,12 @@ class Outgoing:
         """Write a parcel, and tell the decoder which tensors are there with it."""
         transport, began = self._sender.transport, time.monotonic()
         wanted = shared(self.claim, offer.claim)
-        whole = [entry for entry in parcel.whole if entry.path in wanted]
+        parts = [part for part in parcel.parts if part[0].path in wanted]
+        whole = [entry for entry, _ in parts] if parcel.is_whole else []
         # reckoned while they are on their way
         sums = self._sender.reckon(whole, self._region)
-        places = [(e.begin, e.end) for e in self._layout.entries if e.path in wanted]
-        ranges = [r for r in parcel.ranges if any(low <= r[0] < high for low, high in places)]
-        copies = [Copy(self.begin + at, offer.begin + at, n) for at, n in together(ranges)]
+        ranges = together([place for _, place in parts if place[1]])
+        copies = [Copy(self.begin + at, offer.begin + at, nbytes) for at, nbytes in ranges]
         if copies:
             transport.write(offer.address, copies, self._left())
             self._sender.stats.nbytes += sum(copy.nbytes for copy in copies)
@@ -287,6 +325,16 @@ class Outgoing:
 
     def _left(self) -> float:
         return max(self.until - time.monotonic(), 0.001)
+
+
+class _Portion:
+    """A part of a value, to be copied `into` the region."""
+
+    def __init__(self, outgoing: Outgoing, into: Kept, parcels: list[Parcel]) -> None:
+        self.into, self._outgoing, self._parcels = into, outgoing, parcels
+
+    def filled(self, whole: bool) -> None:
+        self._outgoing.filled(self._parcels if whole else [])
 
 
 def _parted(entries: Sequence[Entry]) -> list[tuple[Entry, ...]]:

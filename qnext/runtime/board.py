@@ -266,17 +266,20 @@ class Board:
     def _hand(self, sequence: Sequence) -> list[tuple[Take, Then]]:
         """Have handed off what is new: pages that are complete, or at its prompt's end the rest."""
         handoff, first = sequence.request.handoff, sequence.handed
-        ends, complete = sequence.sent >= sequence.limit, sequence.sent // PAGE
+        ends = sequence.sent >= sequence.limit
+        complete = pages_of(sequence.sent) if ends else sequence.sent // PAGE
         if handoff is None or not (ends or complete > first):
             return []
         sequence.handed = complete
-        give = handoff.rest if ends else handoff.pages
+        portion = handoff.portion(first, complete - first, ends)
+        if portion is None:
+            return []
 
         def taken(result: Taken) -> None:
-            if result is not None and sequence.error is None:
-                give(result[1], first)
+            portion.filled(whole=result is not None and sequence.error is None)
 
-        return [(Take(sequence.row, whole=True, first=first, states=ends), taken)]
+        take = Take(sequence.row, whole=True, first=first, states=ends, into=portion.into)
+        return [(take, taken)]
 
     # ---- ends
 

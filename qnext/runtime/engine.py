@@ -103,7 +103,7 @@ class Engine:
             uncached=why_uncached(request, self.options.cache_bytes),
         )
         if request.start is not None:
-            sequence.length, sequence.swapped = request.start
+            sequence.length, sequence.swapped = request.start.length, request.start.take()
         elif self.files is not None and sequence.caches:
             found = self.files.find(request.tokens, sequence.reusable)
             if found:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import NamedTuple, Protocol, runtime_checkable
 from uuid import uuid4
 
@@ -61,6 +62,39 @@ class Guide(Protocol):
         ...
 
 
+class Start:
+    """A state that requests begin with: after `length` tokens of their prompts.
+
+    Each of so many `uses` takes it once; with the last of them it is let go, as it may be large.
+    """
+
+    def __init__(self, length: int, kept: Kept, uses: int = 1) -> None:
+        self.length, self._kept, self._uses = length, kept, uses
+        self._lock = Lock()
+
+    def take(self) -> Kept:
+        """The state. Raises InputError where it was taken too often."""
+        with self._lock:
+            if not self._uses:
+                raise InputError("start: it was taken by as many requests as it was meant for")
+            self._uses -= 1
+            kept = self._kept
+            if not self._uses:
+                self._kept = Kept((), ())
+            return kept
+
+
+@runtime_checkable
+class Portion(Protocol):
+    """Room for a part of a state that is handed off: the part is copied `into` it."""
+
+    into: Kept
+
+    def filled(self, whole: bool) -> None:
+        """It holds the part now; where not `whole`, nobody writes to it any more."""
+        ...
+
+
 @runtime_checkable
 class Handoff(Protocol):
     """Where the state of a prompt goes, to be decoded elsewhere. Calls must not wait for anything.
@@ -68,12 +102,9 @@ class Handoff(Protocol):
     Of the prompt's tokens all but the last are consumed.
     """
 
-    def pages(self, kept: Kept, first: int) -> None:
-        """Pages that are complete, from the `first` on; its states mean nothing."""
-        ...
-
-    def rest(self, kept: Kept, first: int) -> None:
-        """The state, with its pages from the `first` on."""
+    def portion(self, first: int, count: int, ends: bool) -> Portion | None:
+        """Room for so many pages from the `first` on, and where that `ends` it for the states, too;
+        None where nobody wants them any more."""
         ...
 
     def fail(self, why: str) -> None:
@@ -112,7 +143,7 @@ class Request:
     deadline: float | None = None
     cache: bool = True
     handoff: Handoff | None = None
-    start: tuple[int, Kept] | None = None
+    start: Start | None = None
     id: str = field(default_factory=lambda: f"request-{uuid4().hex}")
 
 
@@ -193,10 +224,10 @@ def check(request: Request, vocab: int, capacity: int) -> None:
     ):
         if most is not None and not 0 <= most <= vocab:
             raise InputError(f"{name} must lie in 0..{vocab}, got {most}")
-    if request.start is not None and not 0 < request.start[0] < len(request.tokens):
+    if request.start is not None and not 0 < request.start.length < len(request.tokens):
         raise InputError(
-            f"start: a state after {request.start[0]} tokens is none to begin with for a prompt of "
-            f"{len(request.tokens)}: all but the last one, at most, are consumed"
+            f"start: a state after {request.start.length} tokens is none to begin with for a "
+            f"prompt of {len(request.tokens)}: all but the last one, at most, are consumed"
         )
     if request.handoff is not None:
         if request.max_new_tokens or request.prompt_logprobs is not None:

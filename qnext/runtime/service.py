@@ -18,6 +18,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
+from qnext.errors import QnextError
 from qnext.runtime.engine import Engine
 from qnext.runtime.outbox import Deliver, Outbox
 from qnext.runtime.request import FullError, Output, RefusedError, Request, joined
@@ -100,7 +101,16 @@ class Service:
         return with_outputs
 
     def _submit(self, request: Request, sink: Deliver, bounded: bool = True) -> Served:
-        sequence = self.engine.prepare(request, sink)
+        try:
+            sequence = self.engine.prepare(request, sink)
+            self._line_up(sequence, bounded)
+        except QnextError as error:
+            if request.handoff is not None:
+                request.handoff.fail(f"its prompt was not read: {error}")
+            raise
+        return sequence
+
+    def _line_up(self, sequence: Served, bounded: bool) -> None:
         with self._news:
             if self._state != "serving":
                 raise RefusedError(f"the engine is {self._state}, it takes no more requests")
@@ -110,7 +120,6 @@ class Service:
             self._arriving += 1
             self._inbox.append(lambda: self._arrived(sequence))
             self._news.notify()
-        return sequence
 
     def _arrived(self, sequence: Served) -> None:
         with self._news:

@@ -55,12 +55,14 @@ class Piece:
 @dataclass(frozen=True)
 class Take:
     """Take a row's state out; whole, with its pages from the `first` on, or with the last token's
-    alone. Without `states` nothing is of interest but pages that are complete."""
+    alone. into: where it is copied to, whose number of pages are taken (default: memory of its
+    own). Without `states` these are all that is copied."""
 
     row: int
     whole: bool = False
     first: int = 0
     states: bool = True
+    into: Kept | None = None
 
 
 @dataclass(frozen=True)

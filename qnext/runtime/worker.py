@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qnext.functional.config import PAGE
 from qnext.functional.params import Params
 from qnext.functional.sampling import Sampling, knobs
 from qnext.functional.state import State, init_state, narrow, pages_of, view, widen
 from qnext.functional.tree import map_leaves
 from qnext.runtime.draws import ENDS, Draws
-from qnext.runtime.kept import Kept, completed, put, take, wipe
+from qnext.runtime.kept import Kept, completed, put, take, take_into, wipe
 from qnext.runtime.logprobs import told
 from qnext.runtime.steps import Steps
 from qnext.runtime.work import Complete, Done, Piece, Put, Read, Take, Work
@@ -135,10 +134,11 @@ class Worker:
             return each.length, completed(self.state, each.pages, each.kept)
         row = each.row
         length = int(self.state.lengths[row])
-        count = pages_of(length) if each.states else length // PAGE
-        pages = self.state.block_table[row, :count].tolist()
+        pages = self.state.block_table[row, : pages_of(length)].tolist()
         pages = pages[each.first :] if each.whole else pages[-1:]
-        return length, take(self.state, row, pages, each.states)
+        if each.into is None:
+            return length, take(self.state, row, pages)
+        return length, take_into(each.into, self.state, row, pages, each.states)
 
     def _put(self, each: Put) -> None:
         tables = self.state

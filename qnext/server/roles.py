@@ -29,6 +29,7 @@ from qnext.runtime.engine import Engine
 from qnext.runtime.files import weights_digest
 from qnext.runtime.kept import Kept
 from qnext.runtime.request import Request as Asked
+from qnext.runtime.request import Start
 from qnext.server.errors import ApiError, bad
 from qnext.server.metrics import Figures
 from qnext.server.native import host_of
@@ -106,18 +107,21 @@ class Prefiller:
             }
         if rooms is None:
             return [list(choices) for choices in each], {}
-        reading = [
-            [self._reading(choices[0], room)] for choices, room in zip(each, rooms, strict=True)
-        ]
-        return reading, told
+        reading = list[Asked]()
+        try:
+            for choices, room in zip(each, rooms, strict=True):
+                reading.append(self._reading(choices[0], room))
+        except HandoffError as error:
+            for request in reading:
+                if request.handoff is not None:
+                    request.handoff.fail(f"another prompt of its request was refused: {error}")
+            raise ApiError(503, str(error), "overloaded_error") from error
+        return [[request] for request in reading], told
 
     def _reading(self, request: Asked, room: str) -> Asked:
         if len(request.tokens) < 2:  # there is nothing to read
             return replace(request, max_new_tokens=1, min_new_tokens=0, guide=None)
-        try:
-            outgoing = self.sender.open(room, *self.values.of(request.tokens[:-1]))
-        except HandoffError as error:
-            raise ApiError(503, str(error), "overloaded_error") from error
+        outgoing = self.sender.open(room, *self.values.of(request.tokens[:-1]))
         return Asked(
             tokens=request.tokens,
             max_new_tokens=0,
@@ -173,7 +177,7 @@ class Decoder:
             if self.peers and where.host not in self.peers:
                 raise ApiError(403, f"{where.host!r} is no --peer of this server")
         starts = await asyncio.gather(
-            *(self._start(where, c[0].tokens) for where, c in zip(places, each, strict=True))
+            *(self._start(where, choices) for where, choices in zip(places, each, strict=True))
         )
         begun = [
             [replace(request, start=start) for request in choices]
@@ -181,13 +185,13 @@ class Decoder:
         ]
         return begun, {}
 
-    async def _start(self, where: Where, tokens: Sequence[int]) -> tuple[int, Kept] | None:
-        """How far a prompt was read, and the state after that; None where it must be read here."""
-        read = tokens[:-1]
+    async def _start(self, where: Where, choices: Sequence[Asked]) -> Start | None:
+        """What the choices for a prompt begin with; None where it must be read here."""
+        read = choices[0].tokens[:-1]
         if not read:
             return None
         try:
-            return len(read), await self._value(where, read)
+            return Start(len(read), await self._value(where, read), uses=len(choices))
         except HandoffError as error:
             log.warning("room %s: %s; the prompt is read here", where.room, error)
             return None

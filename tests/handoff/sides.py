@@ -7,6 +7,8 @@ from functools import cache
 import torch
 
 import qnext as qn
+from qnext.functional.state import KV
+from qnext.functional.tree import leaves, leaves_with_paths
 from qnext.handoff.inproc import Hub
 from qnext.handoff.layout import Layout, layout_of
 from qnext.handoff.manifest import Claim, HandoffError, claim_of
@@ -14,6 +16,7 @@ from qnext.handoff.receive import Expected, Receiver
 from qnext.handoff.send import Outgoing, Sender
 from qnext.handoff.transport import Copy, Transport
 from qnext.runtime.kept import Kept, take
+from qnext.runtime.request import Handoff, Portion
 from tests.sequences import model, started, words
 
 LENGTH, FIRST = 127, 64
@@ -34,6 +37,22 @@ def state(draft: int = 1) -> qn.State:
 def kept(pages: int = 1, draft: int = 1) -> Kept:
     made = state(draft)
     return take(made, 1, made.block_table[1, :pages].tolist())
+
+
+def hand(outgoing: Handoff, value: Kept, first: int = 0, ends: bool = True) -> None:
+    """Give a value its pages from the `first` on, or all that is left of it."""
+    count = next(layer for layer in value.layers if isinstance(layer, KV)).key.shape[0]
+    portion = outgoing.portion(first, count, ends)
+    if portion is not None:
+        fill(portion, value, ends)
+
+
+def fill(portion: Portion, value: Kept, states: bool = True) -> None:
+    """Copy a value's pages into a portion; and its states."""
+    for (path, into), leaf in zip(leaves_with_paths(portion.into), leaves(value), strict=True):
+        if states or path.endswith(("key", "value")):
+            into.copy_(leaf)
+    portion.filled(whole=True)
 
 
 def claimed(draft: int = 1, pages: int = 1, seed: int = 5) -> tuple[Claim, Layout]:

@@ -17,6 +17,7 @@ from tests.handoff.sides import (
     POOL,
     Sides,
     claimed,
+    hand,
     kept,
     state,
     value,
@@ -38,7 +39,7 @@ def test_a_value_arrives_whatever_comes_first(sides: Sides, order: str) -> None:
             outgoing = sides.open()
         else:
             assert outgoing is not None
-            outgoing.rest(kept(), 0)
+            hand(outgoing, kept())
     assert equal(value(expected), kept()) and sides.is_clean()
     assert (sides.sender.stats.values, sides.receiver.stats.values) == (1, 1)
     assert sides.receiver.stats.nbytes == kept().nbytes
@@ -53,12 +54,12 @@ def test_pages_go_ahead_of_the_rest(sides: Sides) -> None:
     made = state()
     for first in (0, 1):
         page = made.block_table[1, first : first + 1].tolist()
-        outgoing.pages(take(made, 1, page), first)
+        hand(outgoing, take(made, 1, page), first, ends=False)
         until = time.monotonic() + 5
         while len(sides.faults.writes) <= first and time.monotonic() < until:
             time.sleep(0.001)
     assert len(sides.faults.writes) == 2 and not expected.value.done()
-    outgoing.rest(take(made, 1, made.block_table[1, 2:3].tolist()), 2)
+    hand(outgoing, take(made, 1, made.block_table[1, 2:3].tolist()), 2)
     assert equal(value(expected), kept(3)) and sides.is_clean()
     paged = [entry for entry in claimed(**how)[1].entries if entry.is_paged]
     assert [len(copies) for copies in sides.faults.writes[:2]] == [len(paged)] * 2
@@ -81,7 +82,7 @@ def test_a_room_has_one_offer(sides: Sides) -> None:
     sides.sender.offered(first.offer)
     with pytest.raises(HandoffError, match="room 7 has an offer already"):
         sides.sender.offered(second.offer)
-    outgoing.rest(kept(), 0)
+    hand(outgoing, kept())
     assert equal(value(first), kept()) and why(second) == "room 7 has an offer already"
 
 
@@ -89,7 +90,7 @@ def test_a_room_has_one_offer(sides: Sides) -> None:
 def test_sides_that_guess_otherwise(sides: Sides, here: int, there: int) -> None:
     expected, outgoing = sides.expect(draft=there), sides.open(draft=here)
     sides.sender.offered(expected.offer)
-    outgoing.rest(kept(draft=here), 0)
+    hand(outgoing, kept(draft=here))
     got, both = value(expected), bool(here and there)
     assert got.layers and bool(got.mtp) == both
     assert equal(got, kept(draft=here) if both else kept(draft=here)._replace(mtp=()))
@@ -109,7 +110,7 @@ def test_full_pools_say_so() -> None:
         for number in range(1000, 1010):
             rooms.append(sides.open(str(number)))
     sides.sender.offered(first.offer)
-    outgoing.rest(kept(), 0)
+    hand(outgoing, kept())
     assert equal(value(first), kept())
     sides.expect("8")  # there is room again
     sides.sender.close()
@@ -140,12 +141,12 @@ def test_both_sides_end_with_values_under_way(sides: Sides) -> None:
 def test_many_at_once(sides: Sides) -> None:
     """Offers and values in any order, from many threads; some are given up."""
 
-    def hand(number: int) -> bool:
+    def exchanged(number: int) -> bool:
         room = str(number)
         expected = sides.expect(room)
         sender: list[Callable[[], Any]] = [
             lambda: sides.sender.offered(expected.offer),
-            lambda: sides.open(room).rest(kept(), 0),
+            lambda: hand(sides.open(room), kept()),
         ]
         for step in sender[:: 1 if number % 2 else -1]:
             step()
@@ -157,7 +158,7 @@ def test_many_at_once(sides: Sides) -> None:
             return number % 5 == 0 and str(error) == "it was cancelled"
 
     with ThreadPoolExecutor(6) as many:
-        assert all(many.map(hand, range(60)))
+        assert all(many.map(exchanged, range(60)))
     assert sides.is_clean()
     assert sides.receiver.stats.values + sides.receiver.stats.failures["cancelled"] == 60
 
@@ -166,7 +167,7 @@ def test_what_a_commit_holds(sides: Sides) -> None:
     told = list[str]()
     sides.faults.on_notify = lambda message: told.append(message) or message
     expected, outgoing = sides.expect(), sides.open()
-    outgoing.rest(kept(), 0)
+    hand(outgoing, kept())
     sides.sender.offered(expected.offer)
     value(expected)
     commit = Commit.model_validate_json(told[-1])

@@ -9,14 +9,16 @@ from qnext.functional.state import pages_of
 from qnext.functional.tree import leaves, leaves_with_paths, same_structure
 from qnext.handoff.layout import (
     ALIGNMENT,
+    BLOCK,
     Layout,
+    checksum,
     checksums,
+    copy_summed,
     layout_of,
-    pack,
+    places,
     together,
-    unpack,
 )
-from qnext.runtime.kept import Kept, take
+from qnext.runtime.kept import Kept, take, take_into
 from tests.samples import ODD
 from tests.sequences import BATCH, model, started, used
 
@@ -30,6 +32,15 @@ def value(state: qn.State, row: int, pages: int | None = None) -> Kept:
 
 def region(layout: Layout, beyond: int = 0) -> Tensor:
     return torch.full((layout.nbytes + beyond,), TORN, dtype=torch.uint8)
+
+
+def written(
+    state: qn.State, row: int, pages: Tensor, layout: Layout, memory: Tensor, first: int = 0
+) -> list[tuple[int, int]]:
+    """Have pages and states copied to their places; (begin, bytes) of these."""
+    into = places(layout, memory, first, len(pages))
+    assert take_into(into, state, row, pages.tolist()) is into
+    return [entry.part(first, len(pages)) for entry in layout.entries]
 
 
 def equal(one: Kept, other: Kept) -> bool:
@@ -49,9 +60,10 @@ def test_a_value_comes_back_to_the_bit(name: str, draft: int) -> None:
         layout = layout_of(state, pages_of(int(state.lengths[row])))
         assert same_structure(layout.specs, kept)
         memory = region(layout, beyond=100)
-        pack(kept, layout, memory[: layout.nbytes])
+        count = pages_of(int(state.lengths[row]))
+        written(state, row, state.block_table[row, :count], layout, memory)
         assert bool((memory[layout.nbytes :] == TORN).all())
-        assert equal(unpack(layout, memory), kept)
+        assert equal(places(layout, memory), kept)
         for (path, leaf), spec in zip(leaves_with_paths(kept), layout.entries, strict=True):
             assert ("." + spec.path, tuple(leaf.shape), leaf.dtype) == (path, *spec[1:3])
             assert spec.begin % ALIGNMENT == 0
@@ -62,8 +74,8 @@ def test_dtypes_of_pools_are_kept(dtype: torch.dtype) -> None:
     state = used(model(), dtype=dtype)
     kept, layout = value(state, 3, 2), layout_of(state, 2)
     memory = region(layout)
-    pack(kept, layout, memory)
-    assert equal(unpack(layout, memory), kept)
+    written(state, 3, state.block_table[3, :2], layout, memory)
+    assert equal(places(layout, memory), kept)
     assert {leaf.dtype for leaf in leaves(kept)} == {torch.float32, dtype}
 
 
@@ -73,27 +85,27 @@ def test_pages_may_go_ahead(draft: int = 1) -> None:
     whole, memory = value(state, row, 3), region(layout)
     ranges = list[tuple[int, int]]()
     for first, count in ((0, 1), (1, 2)):
-        pages = state.block_table[row, first : first + count].tolist()
-        ranges += pack(take(state, row, pages), layout, memory, first)
-    assert equal(unpack(layout, memory), whole)
+        pages = state.block_table[row, first : first + count]
+        ranges += written(state, row, pages, layout, memory, first)
+    assert equal(places(layout, memory), whole)
     sent, where = region(layout), together(ranges)
     for begin, nbytes in where:
         sent[begin : begin + nbytes] = memory[begin : begin + nbytes]
-    assert where == [(0, layout.entries[-1].end)] and equal(unpack(layout, sent), whole)
+    assert where == [(0, layout.entries[-1].end)] and equal(places(layout, sent), whole)
 
 
 def test_what_was_written_is_told_and_nothing_else_is_touched() -> None:
     state = started(model(mtp_num_hidden_layers=1), 1)
     layout = layout_of(state, 3)
-    memory, pages = region(layout), state.block_table[3, 1:2].tolist()
-    written = pack(take(state, 3, pages), layout, memory, 1)
+    memory, pages = region(layout), state.block_table[3, 1:2]
+    ranges = written(state, 3, pages, layout, memory, 1)
     told = torch.zeros(layout.nbytes, dtype=torch.bool)
-    for begin, nbytes in written:
+    for begin, nbytes in ranges:
         assert not bool(told[begin : begin + nbytes].any())
         told[begin : begin + nbytes] = True
     assert bool((memory[~told] == TORN).all()) and not bool((memory[told] == TORN).all())
     paged = [entry for entry in layout.entries if entry.is_paged]
-    assert sum(n for _, n in written) == sum(
+    assert sum(n for _, n in ranges) == sum(
         entry.nbytes // (3 if entry in paged else 1) for entry in layout.entries
     )
 
@@ -113,7 +125,7 @@ def test_a_bit_that_differs_is_seen() -> None:
     state = started(model())
     layout = layout_of(state, 2)
     memory = region(layout)
-    pack(value(state, 4), layout, memory)
+    written(state, 4, state.block_table[4, :2], layout, memory)
     before = checksums(layout.entries, memory)
     assert list(before) == [entry.path for entry in layout.entries]
     for entry in layout.entries:
@@ -122,6 +134,13 @@ def test_a_bit_that_differs_is_seen() -> None:
             after = checksums(layout.entries, memory)
             assert [path for path in before if after[path] != before[path]] == [entry.path]
             memory[place] ^= 1
+
+
+@pytest.mark.parametrize("nbytes", [1, BLOCK - 1, BLOCK, 2 * BLOCK + 77])
+def test_a_copy_is_summed_as_it_is_made(nbytes: int) -> None:
+    source = torch.arange(nbytes, dtype=torch.int64).mul(7919).to(torch.uint8)
+    into = torch.zeros_like(source)
+    assert copy_summed(into, source) == checksum(source) and into.equal(source)
 
 
 def test_ranges_that_follow_one_another_are_one() -> None:

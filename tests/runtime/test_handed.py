@@ -1,5 +1,6 @@
 """Prompts read by one engine and answered by another: the same answers as of one engine alone."""
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -9,42 +10,50 @@ from torch import Tensor
 
 from qnext.errors import InputError
 from qnext.functional.config import PAGE
-from qnext.functional.state import KV, Mtp, pages_of
-from qnext.functional.tree import map_leaves
+from qnext.functional.state import pages_of
+from qnext.functional.tree import leaves, map_leaves
+from qnext.handoff.layout import layout_of, places
 from qnext.runtime.engine import Engine
 from qnext.runtime.kept import Kept
-from qnext.runtime.request import Handoff, Output, Request
+from qnext.runtime.request import ContextError, FullError, Handoff, Output, Portion, Request, Start
+from qnext.runtime.service import Service
 from tests.runtime.engines import VOCAB, alone, ends_of, engine, is_clean, mixture, serve
 
 
 class Gathered:
-    """Puts the parts of a value together; `failed` tells why there is none."""
+    """Room for the value of a prompt of so many tokens; `failed` tells why there is none.
 
-    def __init__(self) -> None:
-        self.parts: list[tuple[int, Kept]] = []
+    parts: of each, its first page, how many, and whether it ended it.
+    """
+
+    def __init__(self, reader: Engine, length: int = 300) -> None:
+        self.layout = layout_of(reader.worker.state, pages_of(length - 1))
+        self.memory = torch.full((self.layout.nbytes,), 0xA5, dtype=torch.uint8)
+        self.parts: list[tuple[int, int, bool]] = []
         self.value: Kept | None = None
         self.failed: list[str] = []
 
-    def pages(self, kept: Any, first: int) -> None:
+    def portion(self, first: int, count: int, ends: bool) -> Portion:
         assert self.value is None and not self.failed
-        # its states are the pools' own memory, which goes on
-        self.parts.append((first, map_leaves(Tensor.clone, kept)))
-
-    def rest(self, kept: Any, first: int) -> None:
-        self.pages(kept, first)
-        values = [value for _, value in self.parts]
-
-        def whole(*each: Any) -> Any:
-            if isinstance(each[0], KV | Mtp):
-                paged = {n: torch.cat([getattr(e, n) for e in each]) for n in ("key", "value")}
-                return each[-1]._replace(**paged)
-            return each[-1]
-
-        layers = tuple(map(whole, *(value.layers for value in values)))
-        self.value = Kept(layers, tuple(map(whole, *(value.mtp for value in values))))
+        return Room(self, first, count, ends)
 
     def fail(self, why: str) -> None:
         self.failed.append(why)
+
+
+class Room:
+    """A portion of what is gathered."""
+
+    def __init__(self, whole: Gathered, *part: Any) -> None:
+        self.whole, self.part = whole, part
+        first, count, _ = part
+        self.into = places(whole.layout, whole.memory, first, count)
+
+    def filled(self, whole: bool) -> None:
+        if whole:
+            self.whole.parts.append(self.part)
+            if self.part[2]:
+                self.whole.value = places(self.whole.layout, self.whole.memory)
 
 
 def asked(request: Request, to: Gathered) -> Request:
@@ -62,7 +71,7 @@ def asked(request: Request, to: Gathered) -> Request:
 def go_on(served: Engine, requests: list[Request], values: list[Kept]) -> list[list[Output]]:
     """The outputs of requests whose prompts were read elsewhere."""
     begun = [
-        replace(request, start=(len(request.tokens) - 1, value))
+        replace(request, start=Start(len(request.tokens) - 1, value))
         for request, value in zip(requests, values, strict=True)
     ]
     return serve(served, begun)
@@ -89,7 +98,7 @@ def test_an_answer_does_not_tell_where_its_prompt_was_read(
     to the bit, whatever each of them guesses ahead."""
     requests = of_two_tokens(12, seed=reads)
     reader = engine(reads, overlap=overlap)
-    sinks = [Gathered() for _ in requests]
+    sinks = [Gathered(reader, len(request.tokens)) for request in requests]
     told = serve(reader, [asked(*pair) for pair in zip(requests, sinks, strict=True)])
     assert [outputs[-1].finish for outputs in told] == ["length"] * len(requests)
     assert reader.stats.cache_hits and is_clean(reader)
@@ -109,27 +118,28 @@ def long(sink: Handoff, length: int = 300, **more: Any) -> Request:
 
 
 def test_pages_go_ahead_as_they_are_complete() -> None:
-    sink = Gathered()
-    serve(engine(), [long(sink)])
-    counts = [value.layers[1].key.shape[0] for _, value in sink.parts]
-    assert [first for first, _ in sink.parts] == [0, 1, 2] and counts == [1, 1, 1]
-    assert sum(counts) == pages_of(299)
+    served = engine()
+    sink = Gathered(served)
+    serve(served, [long(sink)])
+    assert sink.parts == [(0, 1, False), (1, 1, False), (2, 1, True)]
+    assert pages_of(299) == 3
 
 
 @pytest.mark.parametrize("length", [2, PAGE, PAGE + 1, PAGE + 2])
 def test_prompts_that_end_where_a_page_does(length: int) -> None:
-    sink = Gathered()
-    serve(engine(), [long(sink, length)])
-    (*_, (first, last)) = sink.parts
+    served = engine()
+    sink = Gathered(served, length)
+    serve(served, [long(sink, length)])
     assert sink.value is not None and not sink.failed
-    assert sink.value.layers[1].key.shape[0] == pages_of(length - 1)
-    assert first + last.layers[1].key.shape[0] == pages_of(length - 1)
+    assert [first for first, _, _ in sink.parts] == list(range(len(sink.parts)))
+    assert sum(count for _, count, _ in sink.parts) == pages_of(length - 1)
 
 
 def test_a_chunk_that_ends_a_token_before_the_prompt_does() -> None:
-    sink = Gathered()
-    serve(engine(), [long(sink, PAGE + 3, marks=(PAGE + 1,))])
-    assert [first for first, _ in sink.parts] == [0, 1] and sink.value is not None
+    served = engine()
+    sink = Gathered(served, PAGE + 3)
+    serve(served, [long(sink, PAGE + 3, marks=(PAGE + 1,))])
+    assert [first for first, _, _ in sink.parts] == [0, 1] and sink.value is not None
     (answer,) = go_on(engine(), [_answered(sink, PAGE + 3)], [sink.value])
     assert ends_of(answer) == ends_of(alone(engine(), [_answered(sink, PAGE + 3)])[0])
 
@@ -139,7 +149,8 @@ def _answered(sink: Handoff, length: int = 300) -> Request:
 
 
 def test_a_prompt_that_is_cached_is_handed_off_all_the_same() -> None:
-    served, sinks = engine(), [Gathered(), Gathered()]
+    served = engine()
+    sinks = [Gathered(served) for _ in range(2)]
     for sink in sinks:
         serve(served, [long(sink)])
     assert served.stats.cache_hits >= 2 * PAGE
@@ -151,8 +162,8 @@ def test_a_prompt_that_is_cached_is_handed_off_all_the_same() -> None:
 
 @pytest.mark.parametrize("end", ["abort", "deadline", "closed", "a step that fails"])
 def test_a_prompt_that_is_not_read_fails_once(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sink, outputs = Gathered(), list[Output]()
-    served = engine()
+    served, outputs = engine(), list[Output]()
+    sink = Gathered(served)
     more = {"deadline": 0.0} if end == "deadline" else {}
     sequence = served.submit(long(sink, **more), outputs.append)
     if end != "deadline":
@@ -168,8 +179,51 @@ def test_a_prompt_that_is_not_read_fails_once(end: str, monkeypatch: pytest.Monk
     assert sink.value is None and outputs[-1].finish not in ("length", None)
 
 
+def test_who_is_not_taken_in_fails_the_handoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder need not wait for what nobody reads."""
+    with Service(engine(max_waiting=1)) as service:
+        full, long_one = Gathered(service.engine), Gathered(service.engine, 5000)
+        with pytest.raises(ContextError):
+            next(service.stream(long(long_one, 5000)))
+        monkeypatch.setattr(service, "_arriving", 1)
+        with pytest.raises(FullError):
+            next(service.stream(long(full)))
+        monkeypatch.undo()
+    assert len(long_one.failed) == len(full.failed) == 1
+    assert long_one.failed[0].startswith("its prompt was not read: ")
+    assert full.failed[0].startswith("its prompt was not read: 1 requests are waiting already")
+
+
+def test_a_state_to_begin_with_is_let_go_as_soon_as_it_is_put() -> None:
+    reader, served = engine(), engine()
+    sink = Gathered(reader)
+    serve(reader, [long(sink)])
+    value, sink.value = map_leaves(Tensor.clone, sink.value), None
+    watched = [weakref.ref(leaf) for leaf in leaves(value)]
+    request = replace(_answered(sink), start=Start(299, value))
+    del value
+    taken = served.submit(request, list[Output]().append)
+    assert all(ref() is not None for ref in watched)
+    served.step()
+    assert all(ref() is None for ref in watched) and taken.finish is None
+    served.run()
+
+
+def test_a_state_is_taken_as_often_as_it_was_meant() -> None:
+    served = engine()
+    sink = Gathered(served)
+    serve(served, [long(sink)])
+    assert sink.value is not None
+    start = Start(299, sink.value, uses=2)
+    answers = serve(engine(), [replace(_answered(sink), start=start) for _ in range(2)])
+    assert ends_of(answers[0]) == ends_of(answers[1])
+    with pytest.raises(InputError, match="start: it was taken by as many requests"):
+        served.submit(replace(_answered(sink), start=start), print)
+
+
 def test_what_cannot_be_handed_off_is_refused() -> None:
-    served, sink = engine(), Gathered()
+    served = engine()
+    sink = Gathered(served)
     for request, why in (
         (long(sink, 1), "handoff: of a prompt of one token there is no state"),
         (replace(long(sink), max_new_tokens=1), "handoff: what is decoded elsewhere"),
@@ -182,5 +236,5 @@ def test_what_cannot_be_handed_off_is_refused() -> None:
     assert sink.value is not None and isinstance(sink, Handoff)
     for length in (0, -1, 300):
         with pytest.raises(InputError, match=f"start: a state after {length} tokens is none"):
-            served.submit(replace(plain, start=(length, sink.value)), print)
+            served.submit(replace(plain, start=Start(length, sink.value)), print)
     assert not sink.failed and is_clean(served)
