@@ -21,6 +21,7 @@ from qnext.functional.config import Precision as Precision
 from qnext.functional.generate import advance as advance
 from qnext.functional.generate import generate as generate
 from qnext.functional.generate import stream as stream
+from qnext.functional.mesh import Mesh as Mesh
 from qnext.functional.model import decode as decode
 from qnext.functional.model import forward as forward
 from qnext.functional.model import prefill as prefill
@@ -33,6 +34,7 @@ from qnext.functional.quantize import quantize as quantize
 from qnext.functional.sampling import Sampling as Sampling
 from qnext.functional.sampling import knobs as knobs
 from qnext.functional.sampling import sample as sample
+from qnext.functional.shard import shard as shard
 from qnext.functional.specs import specs as specs
 from qnext.functional.speculate import accept as accept
 from qnext.functional.speculate import draft as draft
@@ -51,5 +53,6 @@ from qnext.functional.verify import rewind as rewind
 from qnext.functional.verify import verify as verify
 from qnext.lowering.stages import jit as jit
 from qnext.runtime.buckets import Buckets as Buckets
+from qnext.runtime.parallel import join as join
 
 __version__ = _version("qnext")

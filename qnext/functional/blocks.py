@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from qnext.functional import ops
 from qnext.functional.config import PAGE, Config
+from qnext.functional.mesh import EP, TP
 from qnext.functional.ops.quant import OVER, RECIPROCAL, TIMES
 from qnext.functional.params import (
     AttentionParams,
@@ -122,7 +123,7 @@ def gated_attention(
         context=step.context,
         scale=config.head_dim**-0.5,
     )
-    return project((seen * gate.sigmoid()).flatten(-2), p.out_proj), kv
+    return project(whole((seen * gate.sigmoid()).flatten(-2), "heads", config), p.out_proj), kv
 
 
 def remember(
@@ -133,7 +134,7 @@ def remember(
     config: Config,
 ) -> tuple[Float[Tensor, "batch seq hq hd"], Float[Tensor, "batch seq hq hd"], Shaped[KV]]:
     """What precedes attention: (query, gate, the pools with this call's keys and values)."""
-    hq, hkv, hd = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    hq, hkv, hd = (config.axes[axis] for axis in ("hq", "hkv", "hd"))
     eps = config.rms_norm_eps
     heads = project(x, p.in_proj).unflatten(-1, (-1, hd))
     query, key, value, gate = heads.split([hq, hkv, hkv, hq], dim=-2)
@@ -160,8 +161,7 @@ def delta_net(
     config: Config,
 ) -> tuple[Float[Tensor, "batch seq d"], Shaped[Delta]]:
     """Gated DeltaNet: short convolution, gated delta rule, gated norm (arXiv:2412.06464)."""
-    hk, hv = config.linear_num_key_heads, config.linear_num_value_heads
-    dk, dv = config.linear_key_head_dim, config.linear_value_head_dim
+    hk, hv, dk, dv = (config.axes[axis] for axis in ("hk", "hv", "dk", "dv"))
     qkv, z = project(x, p.in_proj).split([2 * hk * dk + hv * dv, hv * dv], dim=-1)
     b, a = project(x, p.gate_proj).chunk(2, dim=-1)
 
@@ -188,7 +188,8 @@ def delta_net(
     out = ops.gated_rms_norm(
         x=out, weight=p.norm, gate=z.unflatten(-1, (hv, dv)), eps=config.rms_norm_eps
     )
-    return project(out.flatten(-2), p.out_proj, OVER), Delta(recurrent, window)
+    out = whole(out.flatten(-2), "delta_heads", config)
+    return project(out, p.out_proj, OVER), Delta(recurrent, window)
 
 
 def feed_forward(
@@ -196,7 +197,7 @@ def feed_forward(
 ) -> Float[Tensor, "batch seq d"]:
     """A dense SwiGLU network, or a mixture of them with a gated shared expert."""
     if isinstance(p, DenseParams):
-        return swiglu_network(x, p.gate_up, p.down)
+        return swiglu_network(x, p.gate_up, p.down, config)
     return mixture(p, x.flatten(0, 1), config).view_as(x)
 
 
@@ -209,9 +210,40 @@ def mixture(
         topk=config.num_experts_per_tok,
         renormalise=config.norm_topk_prob,
     )
-    routed = experts(p, x, expert, weight.to(x.dtype))
+    routed = shared_out(p, x, expert, weight.to(x.dtype), config)
     shared = swiglu_network(x, p.shared_gate_up, p.shared_down)
     return routed + project(x, p.shared_gate).sigmoid() * shared
+
+
+def shared_out(
+    p: Shaped[MoeParams],
+    x: Float[Tensor, "tokens d"],
+    expert: Int[Tensor, "tokens topk"],
+    weight: Float[Tensor, "tokens topk"],
+    config: Config,
+) -> Float[Tensor, "tokens d"]:
+    """The routed experts' weighted sum, each expert by the rank that holds it.
+
+    Ranks that have the same tokens each compute a part of the sum; to others tokens must travel.
+    """
+    mesh, size = config.mesh, config.mesh.divides("experts")
+    if size == 1:
+        return experts(p, x, expert, weight)
+    group = mesh.group(EP)
+    if size <= mesh.tp:
+        (held,) = mesh.spans(config.divided["own_experts"])
+        place = ops.own(expert=expert, first=held.start, count=held.size)
+        return ops.all_reduce(x=experts(p, x, place, weight), group=group, size=size)
+    rows, place, sent = ops.dispatch(
+        x=x,
+        expert=expert,
+        experts=config.num_experts,
+        group=group,
+        size=size,
+        rank=mesh.index(EP),
+    )
+    made = experts(p, rows, place[:, None], torch.ones_like(rows[:, :1]))
+    return ops.combine(x=made, expert=expert, weight=weight, sent=sent, group=group, size=size)
 
 
 def experts(
@@ -240,12 +272,25 @@ def experts(
 def swiglu_network(
     x: Float[Tensor, "*batch d"],
     gate_up: Float[Tensor, "two_ffn d"] | Quantized,
-    down: Float[Tensor, "d ffn"] | Quantized,
+    down: Float[Tensor, "d whole_ffn"] | Quantized,
+    config: Config | None = None,
 ) -> Float[Tensor, "*batch d"]:
-    """down(silu(gate x) * up x); between two int8 products nothing rounds but to int8."""
+    """down(silu(gate x) * up x); between two int8 products nothing rounds but to int8.
+
+    config: of a dense layer, whose inner vector ranks may share.
+    """
     wide = max(x.dtype, torch.float32, key=lambda dtype: dtype.itemsize)
     inner = ops.swiglu(project(x, gate_up, dtype=wide if isinstance(down, Quantized) else x.dtype))
+    inner = inner if config is None else whole(inner, "dense", config)
     return project(inner, down, RECIPROCAL, dtype=x.dtype)
+
+
+def whole(
+    x: Float[Tensor, "*batch part"], logical: str, config: Config
+) -> Float[Tensor, "*batch whole"]:
+    """A vector whose parts are on several ranks, put together: no sum is split over ranks."""
+    size = config.mesh.divides(logical)
+    return x if size == 1 else ops.all_gather(x=x, group=config.mesh.group(TP), size=size)
 
 
 def project(
@@ -268,9 +313,15 @@ def project(
 def unembed(
     params: Shaped[Params], hidden: Float[Tensor, "*batch d"]
 ) -> Float[Tensor, "*batch vocab"]:
-    """Logits of hidden states; the head is the embedding where the two are tied."""
-    weight = params.head[0].weight if params.head else params.embed
-    return project(hidden, weight).to(params.config.precision.logits)
+    """Logits of hidden states; the head is the embedding where the two are tied.
+
+    That is whole on every rank, a head of its own is divided.
+    """
+    config = params.config
+    if not params.head:
+        return project(hidden, params.embed).to(config.precision.logits)
+    logits = whole(project(hidden, params.head[0].weight), "vocab", config)
+    return logits.to(config.precision.logits)
 
 
 def within(

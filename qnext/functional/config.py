@@ -5,12 +5,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
 
 from qnext.errors import ConfigError
+from qnext.functional.mesh import Block, Mesh
 from qnext.functional.rope import Rope
 from qnext.functional.scheme import check_quantization_config
 from qnext.functional.tree import register_constant
@@ -41,7 +43,8 @@ class Config:
     """A Qwen3-Next architecture, with Hugging Face's names and defaults.
 
     `mtp_layers` counts the multi-token-prediction modules of the checkpoint; published configs do
-    not say it, so `load` sets it from the tensors that are there.
+    not say it, so `load` sets it from the tensors that are there. Counts are those of the whole
+    model; `mesh` says what of it a rank holds, and `axes` how much that is.
     """
 
     vocab_size: int = 151_936
@@ -70,6 +73,7 @@ class Config:
     rope: Rope = field(default_factory=Rope)
     mtp_layers: int = 0
     precision: Precision = field(default_factory=Precision)
+    mesh: Mesh = field(default_factory=Mesh)
 
     @classmethod
     def from_hf(cls, source: Mapping[str, Any] | str | Path) -> "Config":
@@ -84,6 +88,7 @@ class Config:
         given: dict[str, Any] = {name: values[name] for name in names}
         given.pop("rope", None)
         given.pop("precision", None)
+        given.pop("mesh", None)
         given["mtp_layers"] = values.get("mtp_num_hidden_layers") or 0
         _check_kinds(given)
         layers = given.get("num_hidden_layers", cls.num_hidden_layers)
@@ -97,7 +102,7 @@ class Config:
     def to_hf(self) -> dict[str, Any]:
         """A config.json that transformers and `from_hf` read back to the same architecture."""
         values = asdict(self)
-        del values["rope"], values["precision"], values["mtp_layers"]
+        del values["rope"], values["precision"], values["mtp_layers"], values["mesh"]
         values |= {
             "architectures": ["Qwen3NextForCausalLM"],
             "model_type": "qwen3_next",
@@ -123,46 +128,71 @@ class Config:
             for i in range(self.num_hidden_layers)
         )
 
-    @property
+    @cached_property
     def axes(self) -> dict[str, int]:
-        """Sizes of the named axes that annotations speak of; docs/glossary.md tells the words."""
-        hq, hkv, hd = self.num_attention_heads, self.num_key_value_heads, self.head_dim
-        hk, hv = self.linear_num_key_heads, self.linear_num_value_heads
-        dk, dv = self.linear_key_head_dim, self.linear_value_head_dim
+        """Sizes of the named axes that annotations speak of; docs/glossary.md tells the words.
+
+        Those that a mesh divides are as large as what this rank holds.
+        """
         ffn, shared = self.moe_intermediate_size, self.shared_expert_intermediate_size
-        conv = 2 * hk * dk + hv * dv
+        dv = self.linear_value_head_dim
+        divided = {axis: self.mesh.spans(blocks) for axis, blocks in self.divided.items()}
         return {
             "d": self.hidden_size,
             "two_d": 2 * self.hidden_size,
             "vocab": self.vocab_size,
-            "hq": hq,
-            "hkv": hkv,
-            "hd": hd,
-            "q": hq * hd,
-            "qkvg": 2 * (hq + hkv) * hd,
-            "hk": hk,
-            "hv": hv,
-            "dk": dk,
+            "hd": self.head_dim,
+            "q": self.num_attention_heads * self.head_dim,
+            "dk": self.linear_key_head_dim,
             "dv": dv,
-            "v": hv * dv,
-            "conv": conv,
-            "qkvz": conv + hv * dv,
-            "ba": 2 * hv,
+            "v": self.linear_num_value_heads * dv,
             "width": self.linear_conv_kernel_dim,
             "dense": self.intermediate_size,
-            "dense_gate_up": 2 * self.intermediate_size,
             "experts": self.num_experts,
             "ffn": ffn,
             "ffn_gate_up": 2 * ffn,
             "shared": shared,
             "shared_gate_up": 2 * shared,
             "page": PAGE,
+            **{axis: sum(span.size for span in spans) for axis, spans in divided.items()},
+        }
+
+    @cached_property
+    def divided(self) -> dict[str, tuple[Block, ...]]:
+        """The axes that a mesh divides, and what they are made of."""
+        hd, dk, dv = self.head_dim, self.linear_key_head_dim, self.linear_value_head_dim
+
+        def heads(size: int = 1) -> Block:
+            return Block("heads", self.num_attention_heads, size)
+
+        def kv(size: int = 1) -> Block:
+            return Block("heads", self.num_key_value_heads, size, repeats=True)
+
+        def keys(size: int = 1) -> Block:
+            return Block("delta_heads", self.linear_num_key_heads, size)
+
+        def values(size: int = 1) -> Block:
+            return Block("delta_heads", self.linear_num_value_heads, size)
+
+        dense = Block("dense", self.intermediate_size)
+        return {
+            "hq": (heads(),),
+            "hkv": (kv(),),
+            "qkvg": (heads(hd), kv(hd), kv(hd), heads(hd)),
+            "hk": (keys(),),
+            "hv": (values(),),
+            "conv": (keys(dk), keys(dk), values(dv)),
+            "qkvz": (keys(dk), keys(dk), values(dv), values(dv)),
+            "ba": (values(), values()),
+            "dense_gate_up": (dense, dense),
+            "own_experts": (Block("experts", self.num_experts),),
+            "own_vocab": (Block("vocab", self.vocab_size),),
         }
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the architecture, the same for every precision; names a state's model."""
-        values = {k: v for k, v in asdict(self).items() if k != "precision"}
+        """A hash of the architecture, whatever precision and mesh are; names a state's model."""
+        values = {k: v for k, v in asdict(self).items() if k not in ("precision", "mesh")}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

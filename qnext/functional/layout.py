@@ -5,7 +5,7 @@ expert; Params keeps whole blocks. Both are rows of the same matrices, so a `Row
 onto the other in either direction, and the list below is the only place that knows the names.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qnext.errors import CheckpointError
 from qnext.functional.config import ATTENTION, Config
+from qnext.functional.mesh import Span
 
 
 class Rows(NamedTuple):
@@ -25,6 +26,22 @@ class Rows(NamedTuple):
     offset: int
     size: int
     start: int
+
+    def within(self, span: Span, stored: int) -> "list[Rows]":
+        """Those of its rows that lie in a span of the leaf, counted from there, as plain runs."""
+        runs, stride = list[Rows](), stored // self.groups
+        for group in range(self.groups):
+            first = self.start + group * self.size
+            low, high = max(first, span.start), min(first + self.size, sum(span))
+            source, target = self.offset + group * stride + low - first, low - span.start
+            if low >= high:
+                continue
+            last = runs[-1] if runs else Rows(1, 0, 0, -1)
+            if (last.offset + last.size, last.start + last.size) == (source, target):
+                runs[-1] = last._replace(size=last.size + high - low)
+            else:
+                runs.append(Rows(1, source, high - low, target))
+        return runs
 
 
 class Piece(NamedTuple):
@@ -43,8 +60,17 @@ class Piece(NamedTuple):
     def target(self, leaf: Tensor) -> Tensor:
         return leaf if self.expert is None else leaf[self.expert]
 
+    def held(self, spans: Sequence[Span]) -> "Iterator[Piece]":
+        """What fills a leaf that has these spans of the whole leaf's rows: a plain run each."""
+        at = 0
+        for span in spans:
+            for part in self.rows:
+                for run in part.within(span, self.shape[0]):
+                    yield self._replace(rows=(run._replace(start=at + run.start),))
+            at += span.size
+
     def read_into(self, leaf: Tensor, stored: Tensor, first: int = 0) -> None:
-        """Copy stored rows (from row `first` on, if the piece is one plain run) into the leaf."""
+        """Copy stored rows (of a plain run those from its row `first` on) into the leaf."""
         if self.is_plain:
             place = self.place_in(leaf, first, stored.shape[0])
             place.copy_(stored.reshape(place.shape))
@@ -72,7 +98,7 @@ class Piece(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the stored rows are one run of the leaf's rows, in order."""
+        """Whether it is one run of stored rows that is one run of the leaf's, in order."""
         return len(self.rows) == 1 and self.rows[0].groups == 1
 
 
@@ -81,6 +107,21 @@ class Entry(NamedTuple):
 
     path: str
     ways: tuple[tuple[Piece, ...], ...]
+
+
+def held(pieces: tuple[Piece, ...], axes: tuple[str, ...], config: Config) -> tuple[Piece, ...]:
+    """What fills a rank's part of a leaf with these axes, of the `pieces` that fill all of it."""
+    if axes[0] not in config.divided:
+        return pieces
+    spans = config.mesh.spans(config.divided[axes[0]])
+    if pieces[0].expert is None:
+        return tuple(part for piece in pieces for part in piece.held(spans))
+    (experts,) = spans
+    return tuple(
+        piece._replace(expert=piece.expert - experts.start)
+        for piece in pieces
+        if piece.expert is not None and experts.start <= piece.expert < sum(experts)
+    )
 
 
 def is_experts(pieces: tuple[Piece, ...]) -> bool:

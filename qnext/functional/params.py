@@ -58,8 +58,8 @@ class MoeParams(NamedTuple):
     """Mixture of SwiGLU experts with one shared expert behind a sigmoid gate."""
 
     router: Float[Tensor, "experts d"] | Quantized
-    gate_up: Float[Tensor, "experts ffn_gate_up d"] | Quantized
-    down: Float[Tensor, "experts d ffn"] | Quantized
+    gate_up: Float[Tensor, "own_experts ffn_gate_up d"] | Quantized
+    down: Float[Tensor, "own_experts d ffn"] | Quantized
     shared_gate: Float[Tensor, "1 d"] | Quantized
     shared_gate_up: Float[Tensor, "shared_gate_up d"] | Quantized
     shared_down: Float[Tensor, "d shared"] | Quantized
@@ -87,7 +87,7 @@ class MtpParams(NamedTuple):
 
 
 class Head(NamedTuple):
-    weight: Float[Tensor, "vocab d"] | Quantized
+    weight: Float[Tensor, "own_vocab d"] | Quantized
 
 
 class Params(NamedTuple):

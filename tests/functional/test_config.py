@@ -23,7 +23,8 @@ from qnext.functional.tree import leaves, rebuild
 from tests.samples import BASE, ODD, spec
 
 CPU = torch.device("cpu")
-ARCHITECTURE = [f.name for f in dataclasses.fields(qn.Config) if f.name != "precision"]
+RIDES_ALONG = ("precision", "mesh")
+ARCHITECTURE = [f.name for f in dataclasses.fields(qn.Config) if f.name not in RIDES_ALONG]
 SHARED = [n for n in ARCHITECTURE if n in Qwen3NextConfig.__dataclass_fields__]
 SHARED = [n for n in SHARED if n not in ("layer_types", "mlp_only_layers")]
 
@@ -361,6 +362,13 @@ def test_fingerprint_changes_with_the_architecture(name: str) -> None:
     config = read()
     changed = dataclasses.replace(config, **{name: other(name, getattr(config, name))})
     assert changed.fingerprint != config.fingerprint
+
+
+def test_fingerprint_is_that_of_the_whole_model() -> None:
+    config = qn.Config.from_hf(spec("gqa4"))
+    part = dataclasses.replace(config, mesh=qn.Mesh(tp=2, rank=1, whole=("vocab", "delta_heads")))
+    assert part.fingerprint == config.fingerprint and part.to_hf() == config.to_hf()
+    assert part.axes["hq"] == 4 and config.axes["hq"] == 8
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Rope)])

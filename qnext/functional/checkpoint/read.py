@@ -18,9 +18,11 @@ from qnext.functional.checkpoint.plan import Part, offset_of, plan, scale_of
 from qnext.functional.checkpoint.shards import FLOATS, Stored, inventory, refusal
 from qnext.functional.checkpoint.stream import Reader, rows_at_once
 from qnext.functional.config import Config
-from qnext.functional.layout import Piece
+from qnext.functional.layout import Piece, held
+from qnext.functional.mesh import Mesh
 from qnext.functional.params import Params, empty_params, quantized_specs
 from qnext.functional.tree import leaves_with_paths, rebuild
+from qnext.shapes import annotated_leaves
 
 READERS = 4  # leaves read side by side: a disk answers several questions sooner than one
 
@@ -33,6 +35,7 @@ def load(
     mapped: bool = False,
     check_finite: bool = False,
     progress: bool | None = None,
+    mesh: Mesh | None = None,
 ) -> Params:
     """Params of a Hugging Face checkpoint directory (config.json and *.safetensors).
 
@@ -40,8 +43,9 @@ def load(
     become `Quantized` leaves. Rows are read where they belong, so that peak memory stays near the
     model's size. `dtype` converts floating tensors (default: as stored; `A_log`, `dt_bias` and
     scales stay float32); `check_finite` reads all and also refuses NaN and infinity; `progress`
-    shows a bar (default: on a terminal). Raises ConfigError for the config, CheckpointError listing
-    everything else that is wrong.
+    shows a bar (default: on a terminal). With a `mesh` only what its rank holds is read, see
+    `shard`. Raises ConfigError for the config, CheckpointError listing everything else that is
+    wrong.
 
     With `mapped` large leaves stored as they are needed are, for the CPU on Linux, pages of the
     files instead (copy on write): sooner there, and of an embedding only the rows that are asked
@@ -53,6 +57,8 @@ def load(
     if dtype is not None and dtype not in FLOATS.values():
         raise InputError(f"dtype must be one of {[*FLOATS.values()]}, got {dtype}")
     config, stored, parts = examine(path, dtype)
+    if mesh is not None:
+        config, parts = _of_rank(config, parts, mesh)
     params = quantized_specs(empty_params(config, "meta"), {p.path for p in parts if p.int8})
     specs = dict(leaves_with_paths(params))
     runs = dict[str, list[Run]]()
@@ -89,6 +95,14 @@ def load(
     if wrong:
         raise refusal(path, wrong)
     return rebuild(params, [leaves[name] for name in specs])
+
+
+def _of_rank(config: Config, parts: list[Part], mesh: Mesh) -> tuple[Config, list[Part]]:
+    """The config of a rank, and what fills its leaves."""
+    whole = annotated_leaves(empty_params(config, "meta"), "")
+    axes = {path: hint.axes for path, _, hint in whole}
+    config = replace(config, mesh=mesh)
+    return config, [p._replace(pieces=held(p.pieces, axes[p.path], config)) for p in parts]
 
 
 def examine(
@@ -140,7 +154,7 @@ def _leaves(part: Part, check_finite: bool) -> Iterator[_Leaf]:
 def _fill(leaf: Tensor, pieces: tuple[Piece, ...], reader: Reader, finite: bool) -> Iterator[str]:
     """Copy pieces into a leaf; yields a line for each piece that had to be finite and is not."""
     for piece in pieces:
-        count = piece.shape[0]
+        count = piece.rows[0].size if piece.is_plain else piece.shape[0]
         row_bytes = leaf.itemsize * piece.target(leaf)[0].numel()
         step = rows_at_once(row_bytes) if piece.is_plain else count
         good = True
@@ -153,18 +167,20 @@ def _fill(leaf: Tensor, pieces: tuple[Piece, ...], reader: Reader, finite: bool)
 
 def _rows(leaf: Tensor, piece: Piece, reader: Reader, first: int, count: int) -> Tensor:
     """Bring rows of a piece into a leaf: as they are where they lie together, or else by a copy."""
+    begin = first
     if piece.is_plain:
+        begin += piece.rows[0].offset
         place = piece.place_in(leaf, first, count)
-        if reader.read(piece.name, first, place):
+        if reader.read(piece.name, begin, place):
             return place
-    rows = reader.rows(piece.name, first, first + count)
+    rows = reader.rows(piece.name, begin, begin + count)
     piece.read_into(leaf, rows, first)
     return rows
 
 
 def _offsets(part: Part, stored: dict[str, Stored], reader: Reader) -> Iterator[str]:
     """A line for each offset that is not zero: the scheme is symmetric."""
-    for piece in part.pieces if part.int8 else ():
-        name = offset_of(piece)
-        if name in stored and bool(reader.rows(name, 0, piece.shape[0]).any()):
+    rows = {offset_of(piece): piece.shape[0] for piece in part.pieces if part.int8}
+    for name, count in rows.items():
+        if name in stored and bool(reader.rows(name, 0, count).any()):
             yield f"not symmetric: {name} is not zero"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from qnext.functional.ops.primitive import primitive
-from qnext.functional.ops.tolerance import ROUNDS_ONCE, SUMS, randn, wide
+from qnext.functional.ops.tolerance import EXACT, ROUNDS_ONCE, SUMS, randn, wide
 
 
 def swiglu(x: Float[Tensor, "*batch two_f"]) -> Float[Tensor, "*batch f"]:
@@ -47,6 +47,36 @@ def route(
     return weight.to(logits.dtype), expert
 
 
+def _own_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
+    yield {"expert": torch.rand(13, 7, generator=g).argsort(-1)[:, :3], "first": 2, "count": 4}
+
+
+@primitive(
+    shapes=lambda *, expert, **_: torch.empty_like(expert),
+    flops=lambda *, expert, **_: 2 * expert.numel(),
+    tolerance=EXACT,
+    samples=_own_samples,
+)
+def own(
+    *, expert: Int[Tensor, "tokens topk"], first: int, count: int
+) -> Int[Tensor, "tokens topk"]:
+    """Experts by their place among the `count` that a rank holds, from the `first` on.
+
+    Others become `count`, which `experts` passes over.
+    """
+    place = expert - first
+    return place.where((place >= 0) & (place < count), count)
+
+
+def grouped(
+    expert: Int[Tensor, "tokens topk"], experts: int
+) -> tuple[Int[Tensor, " pairs"], list[int]]:
+    """Pairs of token and choice expert by expert, and how many each expert has; others left out."""
+    numbers = expert.flatten()
+    *counts, elsewhere = numbers.clamp(max=experts).bincount(minlength=experts + 1).tolist()
+    return numbers.argsort(stable=True)[: numbers.shape[0] - elsewhere], counts
+
+
 def _expert_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
     for tokens in (13, 1):
         yield {
@@ -81,16 +111,16 @@ def experts(
     gate_up: Float[Tensor, "experts two_ffn d"],
     down: Float[Tensor, "experts d ffn"],
 ) -> Float[Tensor, "tokens d"]:
-    """sum over a token's experts e of weight_e * down_e(silu(gate_e x) * up_e x)."""
-    topk = expert.shape[1]
-    order = expert.flatten().argsort(stable=True)
-    token = order // topk
-    counts = expert.flatten().bincount(minlength=gate_up.shape[0]).tolist()
-    groups = x[token].split(counts)
+    """sum over a token's experts e of weight_e * down_e(silu(gate_e x) * up_e x).
+
+    A number of theirs that is no expert's, at least as large as their count, adds nothing.
+    """
+    order, counts = grouped(expert, gate_up.shape[0])
+    token = order // expert.shape[1]
     results = [
         linear(swiglu(linear(rows, gate_up[e])), down[e])
-        for e, rows in enumerate(groups)
+        for e, rows in enumerate(x[token].split(counts))
         if rows.shape[0]
     ]
-    weighted = torch.cat(results) * weight.flatten()[order, None]
+    weighted = torch.cat([x[:0], *results]) * weight.flatten()[order, None]
     return torch.zeros_like(x).index_add(0, token, weighted)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 from torch.nn.functional import linear
 
-from qnext.functional.ops.moe import expert_bytes, swiglu
+from qnext.functional.ops.moe import expert_bytes, grouped, swiglu
 from qnext.functional.ops.primitive import primitive
 from qnext.functional.ops.tolerance import ROUNDS_ONCE, SUMS, randn, wide
 
@@ -140,10 +140,8 @@ def int8_experts(
     down_scale: Float[Tensor, "experts d"],
 ) -> Float[Tensor, "tokens d"]:
     """`experts` with int8 weights; between an expert's two products nothing rounds but to int8."""
-    topk = expert.shape[1]
-    order = expert.flatten().argsort(stable=True)
-    token = order // topk
-    counts = expert.flatten().bincount(minlength=gate_up.shape[0]).tolist()
+    order, counts = grouped(expert, gate_up.shape[0])
+    token = order // expert.shape[1]
     q, scale = quantize_tokens(x=x, rounding=TIMES)
     groups = zip(q[token].split(counts), scale[token].split(counts), strict=True)
     results = [
@@ -151,7 +149,7 @@ def int8_experts(
         for e, (rows, row_scale) in enumerate(groups)
         if rows.shape[0]
     ]
-    weighted = torch.cat(results) * weight.flatten()[order, None]
+    weighted = torch.cat([x[:0], *results]) * weight.flatten()[order, None]
     return torch.zeros_like(x).index_add(0, token, weighted)
 
 
