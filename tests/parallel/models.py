@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import qnext as qn
+from qnext.functional.tree import map_leaves
 from tests.sequences import model, words
 
 # heads, experts and vocabulary that four ranks can share; no two axes of equal size
@@ -82,14 +83,53 @@ def computed(params: qn.Params, rows: list[int], batch: int) -> dict[str, Tensor
     return {name: logits[: len(rows)].float() for name, logits in found.items()}
 
 
-def on_ranks(mixed: Mixed) -> dict[str, tuple[Tensor, Tensor]]:
-    """What a rank computes with its part of the model, and one process with all of it."""
+def on_ranks(mixed: Mixed) -> dict[str, tuple[Tensor, ...]]:
+    """What a rank computes with its part of the model, and one process with all of it; in bfloat16
+    also what the same weights make in float32."""
     mesh = joined(*mixed[:4])
     params = whole_params(mixed)
-    part = qn.shard(params, mesh)
+    batch = max(map(len, SHARES[mesh.dp]))
+    everything = list(range(ROWS))
     with torch.no_grad():
-        mine = computed(part, rows_of(mesh), max(map(len, SHARES[mesh.dp])))
-        want = computed(params, list(range(ROWS)), ROWS)
-    index = torch.tensor(rows_of(mesh), dtype=torch.long)
-    pairs = {name: (logits, want[name][index]) for name, logits in mine.items()}
-    return pairs if rows_of(mesh) else {}
+        found = [computed(qn.shard(params, mesh), rows_of(mesh), batch)]
+        found.append(computed(params, everything, ROWS))
+        if mixed.dtype == torch.bfloat16:
+            found.append(computed(exact(params), everything, ROWS))
+    mine, *others = found
+    if not rows_of(mesh):
+        return {}
+    index = torch.tensor(rows_of(mesh))
+    return {name: (mine[name], *(other[name][index] for other in others)) for name in mine}
+
+
+def exact(params: qn.Params) -> qn.Params:
+    """The same numbers, computed with in float32."""
+    precise = {"compute": torch.float32, "logits": torch.float32}
+    wide = map_leaves(lambda leaf: leaf if leaf.dtype == torch.int8 else leaf.float(), params)
+    return wide._replace(config=params.config.with_precision(**precise))
+
+
+PROMPTS = (
+    "Question: Mia has 12 apples. She buys 7 more and then gives 5 to Tom. How many are left?",
+    "Question: Ben has 3 boxes of 4 pens.",
+    "The",
+)
+
+
+def texts(int8: bool, tp: int, dp: int, whole: tuple[str, ...], draft: int) -> tuple[Any, Any]:
+    """What ranks continue prompts with, and what one process does; some of it drawn."""
+    mesh, params, tokenizer = joined(tp, dp, 0, whole), qn.demo(), qn.tokenizer()
+    params = qn.quantize(params) if int8 else params
+    ids = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    lengths = torch.tensor([len(each) for each in ids])
+    tokens = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
+    for row, each in zip(tokens, ids, strict=True):
+        row[: len(each)] = torch.tensor(each)
+    sampling = [qn.Sampling(temperature=t, seed=9) for t in (0.0, 0.8, 1.2)]
+
+    def made(params: qn.Params) -> list[list[int]]:
+        state = qn.init_state(params.config, len(ids), 200, draft=draft)
+        new, _ = qn.generate(params, state, tokens, 40, lengths, sampling=sampling, draft=draft)
+        return new.tolist()
+
+    return made(qn.shard(params, mesh)), made(params)

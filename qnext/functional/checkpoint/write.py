@@ -13,6 +13,7 @@ from qnext.functional.checkpoint.plan import scale_of
 from qnext.functional.checkpoint.shards import INDEX, replacing, write_json
 from qnext.functional.checks import params_mismatches
 from qnext.functional.layout import Piece, layout
+from qnext.functional.mesh import Mesh
 from qnext.functional.params import Params, Quantized, matrices
 from qnext.functional.scheme import quantization_config
 from qnext.functional.tree import leaves_with_paths
@@ -28,6 +29,8 @@ def save(params: Params, path: str | Path, *, max_shard_bytes: int = 5 << 30) ->
     path = Path(path)
     if wrong := params_mismatches(params):
         raise InputError("params do not fit their config:\n  " + "\n  ".join(wrong))
+    if params.config.mesh != Mesh():
+        raise InputError("params are one rank's part: save those of the whole model")
     path.mkdir(parents=True, exist_ok=True)
     shards: list[list[tuple[Tensor, Piece]]] = [[]]
     size = 0
