@@ -12,21 +12,18 @@ bit, also with int8, whose scales are of whole vectors. Only the experts' sum is
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NamedTuple
 
 from qnext.errors import InputError
 
 TP, DP, EP = "tp", "dp", "ep"
-TABLE: Mapping[str, str] = MappingProxyType(
-    {
-        "heads": TP,  # of attention
-        "delta_heads": TP,
-        "dense": TP,
-        "vocab": TP,
-        "experts": EP,
-    }
-)
+TABLE: Mapping[str, str] = {
+    "heads": TP,  # of attention
+    "delta_heads": TP,
+    "dense": TP,
+    "vocab": TP,
+    "experts": EP,
+}
 UNEVEN = "experts"  # need not be divisible
 
 

@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
+from qnext.errors import QnextError
+
 Tree = TypeVar("Tree")
 
 
@@ -54,6 +56,18 @@ def nbytes(tree: object) -> int:
     """Bytes of all tensors of a tree, shared storage counted once."""
     sizes = {leaf.data_ptr(): leaf.nbytes for leaf in leaves(tree) if isinstance(leaf, Tensor)}
     return sum(sizes.values())
+
+
+def process_group(name: str) -> Any:
+    """The process group of a name. Raises QnextError where this process has none."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    try:
+        return _resolve_process_group(name)  # type: ignore[arg-type]
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise QnextError(
+            f"there is no process group {name!r} here: make the mesh with qn.join in each rank"
+        ) from error
 
 
 def is_fake(tensor: object) -> bool:

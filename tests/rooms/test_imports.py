@@ -43,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
         *("torch", "tqdm", "jaxtyping", "qnext.acceptance", "qnext.errors", "qnext.shapes"),
         *("qnext.functional", "qnext.lowering", "qnext.runtime", "qnext.text"),
     },
+    "qnext.runtime.kept": {"numpy", "torch", "qnext.functional", "qnext.runtime"},
     "qnext.handoff": {"torch", "qnext.errors", "qnext.handoff"},
     "qnext.handoff.spares": {"numpy", "torch"},
     "qnext.handoff.layout": {"numpy", "torch", "xxhash", "qnext.functional", "qnext.runtime"},

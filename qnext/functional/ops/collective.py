@@ -2,36 +2,32 @@
 
 `group` is the name of a process group of torch.distributed, `size` its ranks; of one rank a
 collective changes nothing and needs no group. All ranks of a group must make the same calls in the
-same order. With gloo on CPUs, with HCCL on NPUs.
+same order, with tensors of one shape. With gloo on CPUs, with HCCL on NPUs.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Num
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch import distributed as dist
 
-from qnext.errors import QnextError
 from qnext.functional.ops.primitive import primitive
 from qnext.functional.ops.tolerance import EXACT, SUMS, randn
+from qnext.functional.tree import process_group
 
 
 def _samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
     yield {"x": randn(g, 3, 4, 7), "group": "", "size": 1}
 
 
-def process_group(name: str) -> Any:
-    """The process group of a name. Raises QnextError where this process has none."""
-    from torch.distributed.distributed_c10d import _resolve_process_group
+def _flat_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
+    yield {"x": randn(g, 4, 7), "group": "", "size": 1}
 
-    try:
-        return _resolve_process_group(name)  # type: ignore[arg-type]
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise QnextError(
-            f"there is no process group {name!r} here: make the mesh with qn.join in each rank"
-        ) from error
+
+def _token_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
+    yield {"x": torch.randint(0, 99, (3, 4), generator=g), "group": "", "size": 1}
 
 
 @primitive(
@@ -40,7 +36,7 @@ def process_group(name: str) -> Any:
     tolerance=SUMS,
     samples=_samples,
 )
-def all_reduce(*, x: Num[Tensor, "*shape"], group: str, size: int) -> Num[Tensor, "*shape"]:
+def all_reduce(*, x: Float[Tensor, "*batch d"], group: str, size: int) -> Float[Tensor, "*batch d"]:
     """The sum of every rank's x, the same on all of them."""
     total = x.clone(memory_format=torch.contiguous_format)
     if size > 1:
@@ -48,14 +44,15 @@ def all_reduce(*, x: Num[Tensor, "*shape"], group: str, size: int) -> Num[Tensor
     return total
 
 
-def _gathered(*, x: Tensor, size: int, **_: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], size * x.shape[-1]))
-
-
-@primitive(shapes=_gathered, flops=lambda **_: 0, tolerance=EXACT, samples=_samples)
+@primitive(
+    shapes=lambda *, x, size, **_: x.new_empty((*x.shape[:-1], size * x.shape[-1])),
+    flops=lambda **_: 0,
+    tolerance=EXACT,
+    samples=_samples,
+)
 def all_gather(
-    *, x: Num[Tensor, "*shape part"], group: str, size: int
-) -> Num[Tensor, "*shape whole"]:
+    *, x: Float[Tensor, "*batch part"], group: str, size: int
+) -> Float[Tensor, "*batch whole"]:
     """Every rank's x side by side along the last axis, in the order of ranks."""
     if size == 1:
         return x.clone()
@@ -65,23 +62,19 @@ def all_gather(
     return torch.cat(parts, dim=-1)
 
 
-def _scattered(*, x: Tensor, size: int, **_: Any) -> Tensor:
-    return x.new_empty((x.shape[0] // size, *x.shape[1:]))
-
-
 @primitive(
-    shapes=_scattered,
+    shapes=lambda *, x, size, **_: x.new_empty((x.shape[0] // size, x.shape[1])),
     flops=lambda *, x, size, **_: (size - 1) * x.numel() // size,
     tolerance=SUMS,
-    samples=_samples,
+    samples=_flat_samples,
 )
 def reduce_scatter(
-    *, x: Num[Tensor, "parts ..."], group: str, size: int
-) -> Num[Tensor, "part ..."]:
-    """This rank's part, along the first axis, of the sum of every rank's x."""
+    *, x: Float[Tensor, "tokens d"], group: str, size: int
+) -> Float[Tensor, "part d"]:
+    """This rank's tokens, of as many runs as there are ranks, of the sum of every rank's x."""
     if size == 1:
         return x.clone()
-    part = torch.empty_like(_scattered(x=x, size=size))
+    part = x.new_empty((x.shape[0] // size, x.shape[1]))
     dist.reduce_scatter(part, list(x.contiguous().chunk(size)), group=process_group(group))
     return part
 
@@ -90,10 +83,15 @@ def reduce_scatter(
     shapes=lambda *, x, **_: torch.empty_like(x),
     flops=lambda **_: 0,
     tolerance=EXACT,
-    samples=_samples,
+    samples=_flat_samples,
 )
-def all_to_all(*, x: Num[Tensor, "parts ..."], group: str, size: int) -> Num[Tensor, "parts ..."]:
-    """Part i of x, along the first axis, goes to rank i; the parts that came, by rank."""
+def all_to_all(*, x: Float[Tensor, "tokens d"], group: str, size: int) -> Float[Tensor, "tokens d"]:
+    """The i-th run of tokens, of as many as there are ranks, goes to rank i; what came, by rank."""
+    return exchanged(x, group, size)
+
+
+def exchanged(x: Tensor, group: str, size: int) -> Tensor:
+    """`all_to_all` of any numbers along the first axis."""
     if size == 1:
         return x.clone()
     came = x.new_empty(x.shape)
@@ -105,9 +103,9 @@ def all_to_all(*, x: Num[Tensor, "parts ..."], group: str, size: int) -> Num[Ten
     shapes=lambda *, x, **_: torch.empty_like(x),
     flops=lambda **_: 0,
     tolerance=EXACT,
-    samples=_samples,
+    samples=_token_samples,
 )
-def broadcast(*, x: Num[Tensor, "*shape"], group: str, size: int) -> Num[Tensor, "*shape"]:
+def broadcast(*, x: Int[Tensor, "*batch"], group: str, size: int) -> Int[Tensor, "*batch"]:
     """The x of the group's first rank."""
     told = x.clone(memory_format=torch.contiguous_format)
     if size > 1:

@@ -11,16 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qnext.functional.ops.collective import all_to_all
-from qnext.functional.ops.moe import grouped
+from qnext.functional.ops.collective import exchanged
 from qnext.functional.ops.primitive import primitive
 from qnext.functional.ops.tolerance import EXACT, SUMS, randn
-
-
-def _most(expert: Tensor, experts: int, size: int) -> int:
-    """Pairs of token and expert that one rank may have to send to another."""
-    tokens, topk = expert.shape
-    return tokens * min(topk, -(-experts // size))
 
 
 def _dispatch_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
@@ -37,7 +30,8 @@ def _dispatch_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
 def _dispatch_shapes(
     *, x: Tensor, expert: Tensor, experts: int, size: int, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    came = size * _most(expert, experts, size)
+    tokens, topk = expert.shape
+    came = size * tokens * min(topk, -(-experts // size))
     place = expert.new_empty(came, dtype=torch.int64)
     return x.new_empty(came, x.shape[1]), place, expert.new_empty(expert.shape, dtype=torch.int64)
 
@@ -57,9 +51,10 @@ def dispatch(
     Of `experts` in all rank i of `size` holds those from experts * i // size on. A row that nobody
     sent has the number of this rank's experts for a place: `experts` passes over it.
     """
-    topk, most = expert.shape[1], _most(expert, experts, size)
+    tokens, topk = expert.shape
+    most = tokens * min(topk, -(-experts // size))  # pairs that one rank may send to another
     first = torch.arange(size + 1, device=expert.device) * experts // size
-    order, _ = grouped(expert, experts)
+    order = expert.flatten().argsort(stable=True)
     sorted_expert = expert.flatten()[order]
     owner = torch.searchsorted(first[1:], sorted_expert, right=True)
     begins = torch.searchsorted(owner, torch.arange(size, device=owner.device))
@@ -69,9 +64,9 @@ def dispatch(
         (to,), (sorted_expert - first[owner]).long()
     )
     sent = torch.empty_like(to).index_put((order,), to).view_as(expert)
-    place = all_to_all(x=place, group=group, size=size)
+    place = exchanged(place, group, size)
     held = experts * (rank + 1) // size - experts * rank // size
-    return all_to_all(x=rows, group=group, size=size), place.where(place >= 0, held), sent
+    return exchanged(rows, group, size), place.where(place >= 0, held), sent
 
 
 def _combine_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
@@ -94,9 +89,9 @@ def _combine_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
 )
 def combine(
     *,
-    x: Float[Tensor, "came d"],
     expert: Int[Tensor, "tokens topk"],
     weight: Float[Tensor, "tokens topk"],
+    x: Float[Tensor, "came d"],
     sent: Int[Tensor, "tokens topk"],
     group: str,
     size: int,
@@ -105,7 +100,7 @@ def combine(
 
     Summed in the order of experts, as `experts` does.
     """
-    back = all_to_all(x=x, group=group, size=size)
+    back = exchanged(x, group, size)
     order = expert.argsort(dim=1, stable=True)
     sent, weight = sent.gather(1, order), weight.gather(1, order)
     total = x.new_zeros(expert.shape[0], x.shape[1])
