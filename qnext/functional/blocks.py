@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from qnext.functional import ops
 from qnext.functional.config import PAGE, Config
-from qnext.functional.mesh import EP, TP
+from qnext.functional.mesh import EP, TP, Span
 from qnext.functional.ops.quant import OVER, RECIPROCAL, TIMES
 from qnext.functional.params import (
     AttentionParams,
@@ -232,7 +232,7 @@ def shared_out(
     group = mesh.group(EP)
     if size <= mesh.tp:
         (held,) = mesh.spans(config.divided["own_experts"])
-        place = ops.own(expert=expert, first=held.start, count=held.size)
+        place = own(expert, held)
         return ops.all_reduce(x=experts(p, x, place, weight), group=group, size=size)
     rows, place, sent = ops.dispatch(
         x=x,
@@ -244,6 +244,12 @@ def shared_out(
     )
     made = experts(p, rows, place[:, None], torch.ones_like(rows[:, :1]))
     return ops.combine(x=made, expert=expert, weight=weight, sent=sent, group=group, size=size)
+
+
+def own(expert: Int[Tensor, "tokens topk"], held: Span) -> Int[Tensor, "tokens topk"]:
+    """Experts by their place among those that a rank holds; others become one more than these."""
+    place = expert - held.start
+    return place.where((place >= 0) & (place < held.size), held.size)
 
 
 def experts(

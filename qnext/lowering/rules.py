@@ -23,6 +23,7 @@ from qnext.lowering.graph import (
 )
 from qnext.lowering.target import Target
 
+COLLECTIVE = "collective"  # is what it is on every target: a call of torch.distributed
 OTHER_PATTERN = "another pattern"  # the reason of a rule whose pattern does not end at a site
 
 
@@ -103,9 +104,13 @@ def rewrite(graph: Graph, rules: Sequence[Rule], target: Target) -> dict[Node, V
             for other in match.covers:
                 shared[other].append(reasons[-1])
         else:
-            if not reasons and primitive_of(node):
+            known = primitive_of(node)
+            if not reasons and known:
                 reasons = ["no rule" if rules else f"{target.name} has no rules"]
-            verdicts[node] = Verdict(name, None, tuple(reasons))
+            if known and known.collective:
+                verdicts[node] = Verdict(name, COLLECTIVE, ())
+            else:
+                verdicts[node] = Verdict(name, None, tuple(reasons))
     graph.eliminate_dead_code()
     alive = set(graph.nodes)
     return {node: verdict for node, verdict in verdicts.items() if node in alive}

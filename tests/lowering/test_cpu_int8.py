@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from qnext.functional import ops
+from qnext.functional.blocks import own
+from qnext.functional.mesh import Span
 from qnext.functional.ops.quant import OVER, RECIPROCAL, TIMES
 from qnext.lowering.cpu.table import LONGEST_INT8
 from tests.lowering.test_cpu_kernels import (
@@ -216,3 +218,22 @@ def test_experts_that_nobody_chose_do_not_matter(isa: str) -> None:
         blank[name] = torch.cat([values[:2], hole, values[2:]])
     (got,) = kernel(isa, "int8_experts", **blank)
     assert torch.equal(got, kernel(isa, "int8_experts", **sample)[0])
+
+
+@each_isa
+@pytest.mark.parametrize("first", [0, 2, 5])
+@pytest.mark.parametrize("tokens", [1, 9, 65])
+def test_experts_of_other_ranks_add_nothing(isa: str, tokens: int, first: int) -> None:
+    """Of a rank that holds two of five experts, or none that anybody chose."""
+    whole = experts(tokens, 130, 33)
+    for sample in (whole, quantised(whole)):
+        name = "int8_experts" if "down_scale" in sample else "experts"
+        weights = [n for n in sample if n.startswith(("gate_up", "down"))]
+        held = {n: sample[n][first : first + 2] if first < 5 else sample[n][:2] for n in weights}
+        place = own(sample["expert"], Span(first, 2))
+        given = sample | held | {"expert": place}
+        (got,) = kernel(isa, name, **given)
+        want = getattr(ops, name)(**given)
+        assert (got - want).norm() <= 2e-2 * want.norm()
+        resting = (place == 2).all(dim=1)
+        assert not got[resting].any() and (first < 5 or bool(resting.all()))

@@ -13,6 +13,7 @@ from torch import Tensor
 import qnext as qn
 from qnext.errors import QnextError
 from qnext.functional import ops
+from qnext.functional.blocks import own
 from qnext.functional.checkpoint import mapped
 from qnext.functional.checkpoint.stream import Reader
 from qnext.functional.mesh import Block, Span
@@ -189,9 +190,9 @@ def test_ids_of_other_ranks_add_nothing() -> None:
     whole = ops.experts(**given)
     parts = []
     for first, count in ((0, 2), (2, 3)):
-        place = ops.own(expert=given["expert"], first=first, count=count)
+        place = own(given["expert"], Span(first, count))
         mine = {n: given[n][first : first + count] for n in ("gate_up", "down")}
         parts.append(ops.experts(**given | mine | {"expert": place}))
     assert torch.allclose(sum(parts), whole, rtol=1e-5, atol=1e-6)
-    nobody = ops.own(expert=given["expert"], first=9, count=2)
-    assert not ops.experts(**given | {"expert": nobody + 3}).any()
+    nobody = own(given["expert"], Span(9, 5))
+    assert not ops.experts(**given | {"expert": nobody}).any()

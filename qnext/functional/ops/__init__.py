@@ -5,14 +5,12 @@ from qnext.functional.ops.attention import kv_write as kv_write
 from qnext.functional.ops.collective import all_gather as all_gather
 from qnext.functional.ops.collective import all_reduce as all_reduce
 from qnext.functional.ops.collective import all_to_all as all_to_all
-from qnext.functional.ops.collective import broadcast as broadcast
 from qnext.functional.ops.collective import reduce_scatter as reduce_scatter
 from qnext.functional.ops.delta_rule import delta_gates as delta_gates
 from qnext.functional.ops.delta_rule import delta_rule as delta_rule
 from qnext.functional.ops.dispatch import combine as combine
 from qnext.functional.ops.dispatch import dispatch as dispatch
 from qnext.functional.ops.moe import experts as experts
-from qnext.functional.ops.moe import own as own
 from qnext.functional.ops.moe import route as route
 from qnext.functional.ops.moe import swiglu as swiglu
 from qnext.functional.ops.noise import gumbel as gumbel

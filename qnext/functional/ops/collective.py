@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch import distributed as dist
 
@@ -26,15 +26,12 @@ def _flat_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
     yield {"x": randn(g, 4, 7), "group": "", "size": 1}
 
 
-def _token_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
-    yield {"x": torch.randint(0, 99, (3, 4), generator=g), "group": "", "size": 1}
-
-
 @primitive(
     shapes=lambda *, x, **_: torch.empty_like(x),
     flops=lambda *, x, size, **_: (size - 1) * x.numel(),
     tolerance=SUMS,
     samples=_samples,
+    collective=True,
 )
 def all_reduce(*, x: Float[Tensor, "*batch d"], group: str, size: int) -> Float[Tensor, "*batch d"]:
     """The sum of every rank's x, the same on all of them."""
@@ -49,6 +46,7 @@ def all_reduce(*, x: Float[Tensor, "*batch d"], group: str, size: int) -> Float[
     flops=lambda **_: 0,
     tolerance=EXACT,
     samples=_samples,
+    collective=True,
 )
 def all_gather(
     *, x: Float[Tensor, "*batch part"], group: str, size: int
@@ -67,6 +65,7 @@ def all_gather(
     flops=lambda *, x, size, **_: (size - 1) * x.numel() // size,
     tolerance=SUMS,
     samples=_flat_samples,
+    collective=True,
 )
 def reduce_scatter(
     *, x: Float[Tensor, "tokens d"], group: str, size: int
@@ -84,6 +83,7 @@ def reduce_scatter(
     flops=lambda **_: 0,
     tolerance=EXACT,
     samples=_flat_samples,
+    collective=True,
 )
 def all_to_all(*, x: Float[Tensor, "tokens d"], group: str, size: int) -> Float[Tensor, "tokens d"]:
     """The i-th run of tokens, of as many as there are ranks, goes to rank i; what came, by rank."""
@@ -97,17 +97,3 @@ def exchanged(x: Tensor, group: str, size: int) -> Tensor:
     came = x.new_empty(x.shape)
     dist.all_to_all_single(came, x.contiguous(), group=process_group(group))
     return came
-
-
-@primitive(
-    shapes=lambda *, x, **_: torch.empty_like(x),
-    flops=lambda **_: 0,
-    tolerance=EXACT,
-    samples=_token_samples,
-)
-def broadcast(*, x: Int[Tensor, "*batch"], group: str, size: int) -> Int[Tensor, "*batch"]:
-    """The x of the group's first rank."""
-    told = x.clone(memory_format=torch.contiguous_format)
-    if size > 1:
-        dist.broadcast(told, group=process_group(group), group_src=0)
-    return told

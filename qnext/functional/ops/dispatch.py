@@ -36,7 +36,13 @@ def _dispatch_shapes(
     return x.new_empty(came, x.shape[1]), place, expert.new_empty(expert.shape, dtype=torch.int64)
 
 
-@primitive(shapes=_dispatch_shapes, flops=lambda **_: 0, tolerance=EXACT, samples=_dispatch_samples)
+@primitive(
+    shapes=_dispatch_shapes,
+    flops=lambda **_: 0,
+    tolerance=EXACT,
+    samples=_dispatch_samples,
+    collective=True,
+)
 def dispatch(
     *,
     x: Float[Tensor, "tokens d"],
@@ -86,6 +92,7 @@ def _combine_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
     flops=lambda *, x, expert, **_: 2 * expert.numel() * x.shape[1],
     tolerance=SUMS,
     samples=_combine_samples,
+    collective=True,
 )
 def combine(
     *,

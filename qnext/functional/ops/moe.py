@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from qnext.functional.ops.primitive import primitive
-from qnext.functional.ops.tolerance import EXACT, ROUNDS_ONCE, SUMS, randn, wide
+from qnext.functional.ops.tolerance import ROUNDS_ONCE, SUMS, randn, wide
 
 
 def swiglu(x: Float[Tensor, "*batch two_f"]) -> Float[Tensor, "*batch f"]:
@@ -45,27 +45,6 @@ def route(
     if renormalise:
         weight = weight / weight.sum(-1, keepdim=True)
     return weight.to(logits.dtype), expert
-
-
-def _own_samples(g: torch.Generator) -> Iterator[dict[str, Any]]:
-    yield {"expert": torch.rand(13, 7, generator=g).argsort(-1)[:, :3], "first": 2, "count": 4}
-
-
-@primitive(
-    shapes=lambda *, expert, **_: torch.empty_like(expert),
-    flops=lambda *, expert, **_: 2 * expert.numel(),
-    tolerance=EXACT,
-    samples=_own_samples,
-)
-def own(
-    *, expert: Int[Tensor, "tokens topk"], first: int, count: int
-) -> Int[Tensor, "tokens topk"]:
-    """Experts by their place among the `count` that a rank holds, from the `first` on.
-
-    Others become `count`, which `experts` passes over.
-    """
-    place = expert - first
-    return place.where((place >= 0) & (place < count), count)
 
 
 def grouped(

@@ -32,7 +32,8 @@ class Primitive:
 
     `reference` is the definition. `shapes` gives outputs of the right shape and dtype without
     computing. `flops` and `bytes` count one call's work from its arguments, for roofline
-    estimates. `samples` makes keyword arguments for tests, no two axes of equal size.
+    estimates. `samples` makes keyword arguments for tests, no two axes of equal size. A
+    `collective` is a call of torch.distributed, on every target.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Primitive:
     tolerance: Mapping[torch.dtype, Tolerance]
     samples: Callable[[torch.Generator], Iterator[dict[str, Any]]]
     schema: str
+    collective: bool
 
     @property
     def op(self) -> Any:
@@ -61,6 +63,7 @@ def primitive(
     bytes: Callable[..., int] | None = None,
     tolerance: Mapping[torch.dtype, Tolerance],
     samples: Callable[[torch.Generator], Iterator[dict[str, Any]]],
+    collective: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Define `qnext::<name>` from its reference, a function of keyword-only arguments."""
 
@@ -85,6 +88,7 @@ def primitive(
             tolerance,
             samples,
             schema,
+            collective,
         )
         call = getattr(torch.ops.qnext, name)
         call.__doc__ = reference.__doc__

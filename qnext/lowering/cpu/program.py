@@ -319,11 +319,20 @@ def _inside(graph: Graph, group: list[Node]) -> list[Node]:
     found: dict[Node, None] = {}
     known = set(group)
     for node in graph.nodes:
-        waits = not known.isdisjoint(node.all_input_nodes)
-        if waits and node.op == "call_function" and node not in known and is_view(node):
+        seen = (parent for parent in node.all_input_nodes if parent in known)
+        fits = node.op == "call_function" and node not in known and is_view(node)
+        if fits and any(_shows(node, parent) for parent in seen):
             found[node] = None
             known.add(node)
     return list(found)
+
+
+def _shows(node: Node, parent: Node) -> bool:
+    """Whether a view looks at the memory of this input of its; another may tell the shape alone."""
+    if "val" not in node.meta:
+        return True
+    mine, theirs = ({storage_of(t) for t in tensors(value(n))} for n in (node, parent))
+    return not mine.isdisjoint(theirs)
 
 
 def _uses(graph: Graph, group: list[Node], inside: list[Node]) -> tuple[dict[int, int], set[int]]:

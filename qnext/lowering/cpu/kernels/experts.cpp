@@ -49,6 +49,7 @@ static void route(const Call& c, int64_t, int64_t task) {
 
 // Which pairs of token and choice go to each expert. Pair p is choice p % topk of token p / topk;
 // `pair` lists them expert by expert, the k-th expert that is hit has first[k] .. first[k + 1].
+// A number that is no expert's belongs to another rank: its pairs are passed over.
 struct Groups {
   int32_t *hits, *expert, *first, *pair;
 
@@ -61,8 +62,9 @@ struct Groups {
   }
   void fill(const Tensor& chosen, int64_t experts) {
     int64_t topk = chosen.size[1], pairs = chosen.size[0] * topk;
-    std::vector<int32_t> at(experts + 1, 0);
-    for (int64_t p = 0; p < pairs; p++) at[chosen.index(p / topk, p % topk) + 1]++;
+    auto expert_of = [&](int64_t p) { return std::min(chosen.index(p / topk, p % topk), experts); };
+    std::vector<int32_t> at(experts + 2, 0);
+    for (int64_t p = 0; p < pairs; p++) at[expert_of(p) + 1]++;
     *hits = first[0] = 0;
     for (int64_t e = 0; e < experts; e++) {
       if (at[e + 1]) {
@@ -71,7 +73,8 @@ struct Groups {
       }
       at[e + 1] += at[e];
     }
-    for (int64_t p = 0; p < pairs; p++) pair[at[chosen.index(p / topk, p % topk)]++] = int32_t(p);
+    for (int64_t p = 0; p < pairs; p++)
+      if (expert_of(p) < experts) pair[at[expert_of(p)]++] = int32_t(p);
   }
 };
 
@@ -93,6 +96,7 @@ struct Experts {
     space = c[int8 ? 8 : 6].data;
   }
   Groups groups() const { return Groups(space, count); }
+  bool is_here(int64_t pair) const { return chosen.index(pair / topk, pair % topk) < count; }
   template <class I = float> I* inner(int64_t pair = 0) const {
     return reinterpret_cast<I*>(space + Groups::bytes(count, pairs)) + pair * ffn;
   }
@@ -174,6 +178,7 @@ template <class X> static void combine(const Experts& e, int64_t task) {
               [&](int64_t a, int64_t b) { return e.chosen.index(j, a) < e.chosen.index(j, b); });
     std::fill(total.begin(), total.end(), 0.0f);
     for (int64_t k : order) {
+      if (!e.is_here(j * e.topk + k)) continue;
       const float* result = e.result() + (j * e.topk + k) * e.d;
       float w = wide(e.weight.at<X>(j)[k]);
       for (int64_t i = 0; i < e.d; i++) total[i] += wide(narrow<X>(wide(narrow<X>(result[i])) * w));
@@ -227,7 +232,7 @@ template <class X> static void round_tokens(const Experts& e, int64_t task) {
 static void round_pairs(const Experts& e, int64_t task) {
   Span pairs(task, TOKENS, e.pairs);
   for (int64_t p = pairs.begin; p < pairs.end; p++)
-    e.pair_scale()[p] = quantize(e.inner(p), e.ffn, RECIPROCAL, e.pair_q() + p * e.ffn);
+    if (e.is_here(p)) e.pair_scale()[p] = quantize(e.inner(p), e.ffn, RECIPROCAL, e.pair_q() + p * e.ffn);
 }
 
 static void int8_experts(const Call& c, int64_t phase, int64_t task) {
