@@ -39,19 +39,23 @@ def add_target(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def load(args: argparse.Namespace, mapped: bool = True) -> tuple[qn.Params, Tokenizer]:
+def load(
+    args: argparse.Namespace, mapped: bool = True, mesh: qn.Mesh | None = None
+) -> tuple[qn.Params, Tokenizer]:
     """Params and tokenizer of the command's model, which can draft where that is asked.
 
-    `mapped` is that of `qn.load`: for commands that end before anyone changes a checkpoint.
+    `mapped` is that of `qn.load`: for commands that end before anyone changes a checkpoint. mesh:
+    of which only a rank's part is wanted.
     """
     if args.draft < 0:
         raise qn.InputError(f"draft must be an integer >= 0, got {args.draft}")
     dtype = DTYPES.get(args.dtype)
     if args.model is None:
-        return qn.demo(dtype or torch.float32), qn.tokenizer()
+        params = qn.demo(dtype or torch.float32)
+        return params if mesh is None else qn.shard(params, mesh), qn.tokenizer()
     qn.Config.from_hf(args.model)  # what can be refused at once is, before weights are read
     tokenizer = qn.tokenizer(args.model)
-    params = qn.load(args.model, dtype=dtype, mapped=mapped)
+    params = qn.load(args.model, dtype=dtype, mapped=mapped, mesh=mesh)
     if args.draft:
         check_module(params)
     return params, tokenizer

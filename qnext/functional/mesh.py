@@ -17,6 +17,7 @@ from typing import NamedTuple
 from qnext.errors import InputError
 
 TP, DP, EP = "tp", "dp", "ep"
+CONTROL = "control"  # the group of all ranks of a mesh, on CPUs
 TABLE: Mapping[str, str] = {
     "heads": TP,  # of attention
     "delta_heads": TP,

@@ -25,12 +25,12 @@ def shard(params: Params, mesh: Mesh) -> Params:
     vocabulary cannot be divided so.
     """
     config = _of_mesh(params.config, mesh)
-    return _parts(params, config)._replace(config=config)
+    return part_of(params, config)._replace(config=config)
 
 
 def shard_state(state: State, config: Config, mesh: Mesh) -> State:
     """What a rank of a mesh holds of a whole state of this (whole) config's model."""
-    return _parts(state, _of_mesh(config, mesh))
+    return part_of(state, _of_mesh(config, mesh))
 
 
 def _of_mesh(config: Config, mesh: Mesh) -> Config:
@@ -39,7 +39,8 @@ def _of_mesh(config: Config, mesh: Mesh) -> Config:
     return replace(config, mesh=mesh)
 
 
-def _parts(tree: T, config: Config) -> T:
+def part_of(tree: T, config: Config) -> T:
+    """Of a whole annotated tree what a rank holds, by the mesh of its config."""
     leaves = annotated_leaves(tree, "")
     return rebuild(tree, [_part(leaf, hint.axes, config) for _, leaf, hint in leaves])
 

@@ -70,6 +70,13 @@ def process_group(name: str) -> Any:
         ) from error
 
 
+def default_store() -> Any:
+    """The store by which the processes of a job have found each other."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
 def is_fake(tensor: object) -> bool:
     """Whether the tensor has a shape and a dtype but no values: a spec, or a trace's stand-in."""
     return isinstance(tensor, Tensor) and (tensor.is_meta or isinstance(tensor, FakeTensor))

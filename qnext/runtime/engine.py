@@ -26,6 +26,7 @@ from qnext.runtime.request import (
     FullError,
     Logprob,
     Output,
+    RankError,
     Request,
     StepError,
     check,
@@ -187,6 +188,7 @@ class Engine:
             self.files.close()
         if self._pool:
             self._pool.shutdown()
+        self.steps.close()
 
     def _must_know(self) -> bool:
         """Whether the next step depends on what the one under way draws."""
@@ -210,6 +212,8 @@ class Engine:
     def _settle(self, course: Course, future: "Future[Done]") -> None:
         try:
             done = future.result()
+        except RankError:
+            raise
         except Exception as error:
             log.exception("a step failed; the engine begins anew with those who wait")
             self._begin_anew([course], error)
@@ -232,6 +236,13 @@ class Engine:
     def recover(self, error: Exception) -> None:
         """After `step` raised, which is our mistake: begin anew with those who wait."""
         self._begin_anew([], error)
+
+    def lose(self, error: Exception) -> None:
+        """Ranks are gone, and nothing can go on: every request ends with this error."""
+        for sequence in self.board.known():
+            self._finish(sequence, "error", error=error)
+        self.board.reset()
+        self._flight = None
 
     def _begin_anew(self, courses: list[Course], error: Exception) -> None:
         """The worker itself failed: whatever ran is lost, whoever waits is served."""

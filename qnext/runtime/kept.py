@@ -97,22 +97,31 @@ def _parts(kept: Kept) -> Iterator[tuple[Tensor, bool]]:
 
 def completed(state: State, pages: Sequence[int], kept: Kept) -> Kept:
     """A value that has the keys and values of these pages of the pools before its own."""
+    return after(of_pages(state, pages), kept)
+
+
+def of_pages(state: State, pages: Sequence[int]) -> Kept:
+    """The keys and values of these pages of the pools, of no sequence's state."""
     index = torch.tensor(pages, dtype=torch.long, device=state.lengths.device)
+    whole = Kept(state.layers, state.mtp)
+    made = [pool[index] if is_paged else pool[:0] for pool, is_paged in _parts(whole)]
+    kept: Kept = rebuild(whole, made)
+    return kept
 
-    def joined(pool: Tensor, own: Tensor) -> Tensor:
-        return torch.cat([pool[index], own])
 
-    def layer(pool: KV | Delta, own: KV | Delta) -> KV | Delta:
-        if isinstance(pool, KV) and isinstance(own, KV):
-            return KV(joined(pool.key, own.key), joined(pool.value, own.value))
-        return own
+def after(before: Kept, kept: Kept) -> Kept:
+    """A value whose pages come after others."""
+    if not kept.mtp:
+        before = before._replace(mtp=())
+    pairs = zip(_parts(before), leaves(kept), strict=True)
+    made = [torch.cat([first, own]) if is_paged else own for (first, is_paged), own in pairs]
+    joined: Kept = rebuild(kept, made)
+    return joined
 
-    def module(pool: Mtp, own: Mtp) -> Mtp:
-        return Mtp(joined(pool.key, own.key), joined(pool.value, own.value), own.hidden)
 
-    return Kept(
-        tuple(map(layer, state.layers, kept.layers)), tuple(map(module, state.mtp, kept.mtp))
-    )
+def count_of_pages(kept: Kept) -> int:
+    """How many pages a value has; 0 for one of a model without attention."""
+    return next((leaf.shape[0] for leaf, is_paged in _parts(kept) if is_paged), 0)
 
 
 def put(state: State, row: int, pages: Sequence[int], kept: Kept | None) -> None:

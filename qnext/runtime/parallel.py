@@ -1,9 +1,10 @@
 """Ranks of a job find each other: torch.distributed, with gloo on CPUs and HCCL on NPUs."""
 
+from datetime import timedelta
 from itertools import product
 
 from qnext.errors import InputError
-from qnext.functional.mesh import DP, EP, TP, Mesh
+from qnext.functional.mesh import CONTROL, DP, EP, TP, Mesh
 
 
 def join(
@@ -34,4 +35,10 @@ def join(
             group = dist.new_group([mesh * size + rank for rank in peers])
             if mesh == mine and number % size in peers and len(peers) > 1:
                 groups[axis] = group.group_name
+    for mesh in range(world // size):
+        # what follows from a request may be long in coming
+        ranks, patience = range(mesh * size, (mesh + 1) * size), timedelta(days=3650)
+        group = dist.new_group([*ranks], backend="gloo", timeout=patience)
+        if mesh == mine:
+            groups[CONTROL] = group.group_name
     return Mesh(tp, dp, ep, number % size, tuple(groups.items()), whole)

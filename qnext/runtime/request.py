@@ -41,6 +41,10 @@ class StepError(QnextError):
         self.__cause__ = cause
 
 
+class RankError(QnextError):
+    """Ranks that are gone, or failed: a model that is shared cannot go on without them."""
+
+
 @runtime_checkable
 class Guide(Protocol):
     """What restricts a request's tokens, such as a grammar; asked between steps, never at once.

@@ -21,7 +21,7 @@ from typing import Any
 from qnext.errors import QnextError
 from qnext.runtime.engine import Engine
 from qnext.runtime.outbox import Deliver, Outbox
-from qnext.runtime.request import FullError, Output, RefusedError, Request, joined
+from qnext.runtime.request import FullError, Output, RankError, RefusedError, Request, joined
 from qnext.runtime.sequence import Sequence as Served
 
 log = logging.getLogger("qnext")
@@ -36,6 +36,7 @@ class Service:
         self._inbox: deque[Callable[[], Any]] = deque()  # for the engine's thread to do
         self._arriving = 0
         self._state = "serving"
+        self.failure: str | None = None  # why it closed by itself, if it did
         self._outbox = Outbox()
         self._thread = threading.Thread(target=self._serve, name="qnext-engine", daemon=True)
         self._thread.start()
@@ -151,10 +152,22 @@ class Service:
     def _step(self) -> None:
         try:
             self.engine.step()
+        except RankError as error:
+            self._lose(error)
         except Exception as error:
             log.exception("a step of the engine failed; it begins anew")
             self.engine.recover(error)
         self._outbox.send(time.monotonic(), len(self.engine.board.running))
+
+    def _lose(self, error: RankError) -> None:
+        log.critical("%s: every request ends", error)
+        with self._news:
+            self.failure = str(error)
+            self._state = "closed"
+        for order in list(self._inbox):  # who was just taken ends as well
+            order()
+        self._inbox.clear()
+        self.engine.lose(error)
 
     # ---- ends
 

@@ -20,6 +20,7 @@ from qnext.lowering.compiled import Compiled
 from qnext.lowering.stages import jit
 from qnext.lowering.target import Target
 from qnext.runtime.buckets import Compiler
+from qnext.runtime.moves import Moves
 from qnext.shapes import Shaped
 
 
@@ -148,6 +149,7 @@ class Steps:
         seqs: Sequence[int],
         lone: Sequence[int] = (),
     ) -> None:
+        self.moves = Moves()
         self._compiler = Compiler(target, strict)
         kind = self._compiler.target.kind
         self.params = place(params, kind) if kind == "npu" else params
@@ -172,6 +174,9 @@ class Steps:
     def __call__(self, name: str, state: State, *rest: Any) -> Any:
         """The step's results for exactly these shapes; the state is used up."""
         return self._step(name, state, rest)(self.params, state, *rest)
+
+    def close(self) -> None:
+        """No more calls will come."""
 
     @property
     def made(self) -> list[Compiled]:

@@ -13,8 +13,9 @@ from qnext.functional.sampling import Sampling, knobs
 from qnext.functional.state import State, init_state, narrow, pages_of, view, widen
 from qnext.functional.tree import map_leaves
 from qnext.runtime.draws import ENDS, Draws
-from qnext.runtime.kept import Kept, completed, put, take, take_into, wipe
+from qnext.runtime.kept import Kept
 from qnext.runtime.logprobs import told
+from qnext.runtime.request import RankError
 from qnext.runtime.steps import Steps
 from qnext.runtime.work import Complete, Done, Piece, Put, Read, Take, Work
 
@@ -29,7 +30,7 @@ class Worker:
     def __init__(
         self, steps: Steps, rows: int, capacity: int, pages: int, drafted: int = 0
     ) -> None:
-        self.steps, self.drafted = steps, drafted
+        self.steps, self.moves, self.drafted = steps, steps.moves, drafted
         like = self.params.embed
         self.state = init_state(
             self.params.config,
@@ -54,7 +55,8 @@ class Worker:
         The pools are the same memory as ever, as captured steps know no other.
         """
         alive = self._near or self.state
-        layers, mtp = map_leaves(lambda leaf: leaf.view_as(leaf).zero_(), (alive.layers, alive.mtp))
+        layers, mtp = map_leaves(lambda leaf: leaf.view_as(leaf), (alive.layers, alive.mtp))
+        self.moves.zero(alive)
         self.state = map_leaves(Tensor.clone, self._tables)._replace(layers=layers, mtp=mtp)
         self.draws = Draws(self.params.config.vocab_size, self.state.batch, layers[0][0].device)
         self._rows: tuple[int, ...] = ()
@@ -68,7 +70,7 @@ class Worker:
                 self._blur()
             done.first = [self._take(each) for each in work.first]
             for row, pages in work.wipes:
-                wipe(self.state, row, pages)
+                self.moves.wipe(self.state, row, pages)
             for each in work.puts:
                 self._put(each)
             for row, pages in work.grants:
@@ -85,6 +87,8 @@ class Worker:
     def _try(self, done: Done, rows: Sequence[int], call: Callable[[], None]) -> None:
         try:
             call()
+        except RankError:
+            raise
         except Exception as error:  # whatever it is, it must not reach the other rows
             done.failed |= dict.fromkeys(rows, error)
             self._revive()
@@ -131,14 +135,14 @@ class Worker:
 
     def _take(self, each: Take | Complete) -> tuple[int, Kept]:
         if isinstance(each, Complete):
-            return each.length, completed(self.state, each.pages, each.kept)
+            return each.length, self.moves.completed(self.state, each.pages, each.kept)
         row = each.row
         length = int(self.state.lengths[row])
         pages = self.state.block_table[row, : pages_of(length)].tolist()
         pages = pages[each.first :] if each.whole else pages[-1:]
         if each.into is None:
-            return length, take(self.state, row, pages)
-        return length, take_into(each.into, self.state, row, pages, each.states)
+            return length, self.moves.take(self.state, row, pages)
+        return length, self.moves.take_into(each.into, self.state, row, pages, each.states)
 
     def _put(self, each: Put) -> None:
         tables = self.state
@@ -150,7 +154,7 @@ class Worker:
             changed[name][each.row] = value
         self.state = tables._replace(**changed)
         self._grant(each.row, each.pages)
-        put(self.state, each.row, each.fill, each.kept)
+        self.moves.put(self.state, each.row, each.fill, each.kept)
         self.draws.begin(each.row, each.tokens, each.manner)
 
     def _grant(self, row: int, pages: Sequence[int]) -> None:

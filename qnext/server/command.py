@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -11,13 +12,16 @@ from typing import TYPE_CHECKING
 from qnext.arguments import add_draft, add_model
 from qnext.arguments import load as load_model
 from qnext.errors import InputError
+from qnext.functional.mesh import TABLE
 from qnext.lowering.target import TARGETS
 from qnext.runtime.options import Options
 from qnext.server.guard import MOST_BYTES
 
 if TYPE_CHECKING:
+    from qnext.functional.params import Params
     from qnext.handoff.transport import Transport
     from qnext.runtime.engine import Engine
+    from qnext.runtime.steps import Steps
     from qnext.server.host import Ready, Role
 
 EXAMPLES = """\
@@ -46,6 +50,7 @@ def add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     verb.add_argument("--name", help="what clients call the model (default: its directory's name)")
     add_draft(verb)
     _add_engine(verb)
+    _add_ranks(verb)
     _add_role(verb)
     _add_listening(verb)
 
@@ -84,6 +89,28 @@ def _add_engine(verb: argparse.ArgumentParser) -> None:
         "--cache-dir", type=Path, metavar="DIR", help="keep states in files, too, over restarts"
     )
     group.add_argument("--no-warm", action="store_true", help="compile steps when first needed")
+
+
+def _add_ranks(verb: argparse.ArgumentParser) -> None:
+    group = verb.add_argument_group(
+        "ranks",
+        "A model that several processes share, on one machine or more: docs/parallel.md. "
+        "torchrun --nproc-per-node 4 -m qnext serve MODEL --tp 4",
+    )
+    group.add_argument(
+        "--tp", type=int, default=1, metavar="N", help="ranks that share heads (default: 1)"
+    )
+    group.add_argument(
+        "--ep", type=int, default=0, metavar="N", help="ranks that share experts (default: all)"
+    )
+    group.add_argument(
+        "--whole",
+        action="append",
+        default=[],
+        metavar="AXIS",
+        choices=tuple(TABLE),
+        help=f"what is not divided after all, repeatable: {', '.join(TABLE)}",
+    )
 
 
 def _add_role(verb: argparse.ArgumentParser) -> None:
@@ -171,6 +198,8 @@ def run_serve(args: argparse.Namespace) -> int:
         json_log=args.log_json,
     )
     _log(args.quiet, args.log_json)
+    if rank_of(args):
+        return _follow(args, options)
     name = args.name or (args.model.resolve().name if args.model else "demo")
     return serve(Host(name, {"target": args.target}), _loader(args, options), listening)
 
@@ -178,13 +207,15 @@ def run_serve(args: argparse.Namespace) -> int:
 def _loader(args: argparse.Namespace, options: Options) -> "Callable[[], Ready]":
     def load() -> "Ready":
         from qnext.runtime.engine import Engine
+        from qnext.runtime.parallel import join
         from qnext.runtime.service import Service
         from qnext.server.asked import Reader
         from qnext.server.guide import Grammars
         from qnext.server.host import Ready
 
-        params, tokenizer = load_model(args, mapped=False)
-        engine = Engine(params, tokenizer, options)
+        mesh = join(args.tp, 1, args.ep, whole=tuple(args.whole)) if args.tp > 1 else None
+        params, tokenizer = load_model(args, mapped=False, mesh=mesh)
+        engine = Engine(params, tokenizer, options, _shared(params, options))
         if not args.no_warm:
             engine.warm(progress=sys.stderr.isatty())
         vocab = params.config.vocab_size
@@ -193,6 +224,56 @@ def _loader(args: argparse.Namespace, options: Options) -> "Callable[[], Ready]"
         return Ready(Service(engine), tokenizer, reader, _role(args, engine))
 
     return load
+
+
+def rank_of(args: argparse.Namespace) -> int:
+    """This process's number among those of torchrun; 0 where there is one. Raises InputError."""
+    from torch import distributed as dist
+
+    if args.tp < 1:
+        raise InputError(f"--tp must be an integer >= 1, got {args.tp}")
+    if args.tp == 1:
+        return 0
+    if not dist.is_torchelastic_launched():
+        raise InputError(
+            f"--tp {args.tp} takes {args.tp} processes: torchrun --nproc-per-node {args.tp} "
+            f"-m qnext serve ... --tp {args.tp}"
+        )
+    dist.init_process_group("gloo")
+    return dist.get_rank()
+
+
+def _follow(args: argparse.Namespace, options: Options) -> int:
+    """What all ranks but the first do."""
+    from qnext.runtime.parallel import join
+    from qnext.runtime.ranks import Channel, follow
+    from qnext.runtime.request import RankError
+
+    # a signal for all of them is for the first to act on
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    mesh = join(args.tp, 1, args.ep, whole=tuple(args.whole))
+    channel = Channel(mesh)
+    try:
+        params, _ = load_model(args, mapped=False, mesh=mesh)
+        follow(channel, params, options)
+    except RankError as error:
+        print(f"qnext: rank {mesh.rank} ends: {error}", file=sys.stderr)
+        return 3
+    except Exception as error:
+        channel.failed(error)
+        raise
+    return 0
+
+
+def _shared(params: "Params", options: Options) -> "Steps | None":
+    """Steps that other ranks make as well, if there are any."""
+    from qnext.runtime.ranks import Channel, SharedSteps
+
+    mesh = params.config.mesh
+    if mesh.ranks == 1:
+        return None
+    return SharedSteps(Channel(mesh), params, options.target, options.strict, **options.buckets)
 
 
 def _role(args: argparse.Namespace, engine: "Engine") -> "Role | None":

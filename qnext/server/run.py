@@ -70,6 +70,8 @@ class Server(uvicorn.Server):
             if late:
                 log.warning("answers were not complete after %g s", self.drain_seconds)
             self.should_exit = self.should_exit or late or ready.service.idle
+        if ready is not None and ready.service.failure is not None and ready.service.idle:
+            self.host.failure = ready.service.failure
         self.should_exit = self.should_exit or self.host.failure is not None
         return await super().on_tick(counter)
 
