@@ -14,10 +14,12 @@ whose result nobody reads.
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 
 from qnext.acceptance import of_step
 from qnext.errors import InputError
-from qnext.functional.params import Params
+from qnext.functional.mesh import Mesh
+from qnext.functional.params import Params, empty_params
 from qnext.runtime.board import Board, Course
 from qnext.runtime.files import SnapshotFiles
 from qnext.runtime.options import Options
@@ -66,7 +68,14 @@ class Engine:
         self.stats = Stats()
         self.files: SnapshotFiles | None = None
         if options.cache_dir is not None:
-            self.files = SnapshotFiles(self.params, options.cache_dir, options.file_bytes)
+            whole = replace(self.params.config, mesh=Mesh())
+            self.files = SnapshotFiles(
+                empty_params(whole, "meta"),
+                self.worker.moves.digest(self.params),
+                options.cache_dir,
+                options.file_bytes,
+                self.params.embed.device,
+            )
         self.board = Board(options, self.stats, self.files.save if self.files is not None else None)
         self._arrivals = 0
         self._flight: tuple[Course, Future[Done]] | None = None

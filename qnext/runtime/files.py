@@ -10,17 +10,14 @@ from pathlib import Path
 from threading import BoundedSemaphore, Lock
 
 import torch
-from torch import Tensor
 
 from qnext.errors import QnextError
 from qnext.functional.checkpoint import load_state, save_state, state_tokens
 from qnext.functional.params import Params
-from qnext.functional.tree import leaves_with_paths
 from qnext.runtime.kept import Kept, as_state, of_state
 
 log = logging.getLogger("qnext")
 Tokens = tuple[int, ...]
-SAMPLES = 4096  # numbers of a tensor that tell it from another
 UNDER_WAY = 8  # files that wait to be written; beyond it snapshots are dropped, not queued
 
 
@@ -28,13 +25,21 @@ class SnapshotFiles:
     """State files of one directory, by the tokens they have consumed; for several threads.
 
     Each is whole: a state of one sequence as `save_state` writes it. The least recently used are
-    deleted beyond `most_bytes`. They lie in a folder named after the weights, as states of others
-    would be read without complaint: a config's fingerprint is all that a state file tells.
+    deleted beyond `most_bytes`. They lie in a folder named after the `weights`, as states of others
+    would be read without complaint: a config's fingerprint is all that a state file tells. params:
+    of the whole model, or specs of them; states come to lie on `device`.
     """
 
-    def __init__(self, params: Params, directory: Path, most_bytes: int) -> None:
-        self.params, self.most_bytes = params, most_bytes
-        self.directory = directory / weights_digest(params)
+    def __init__(
+        self,
+        params: Params,
+        weights: str,
+        directory: Path,
+        most_bytes: int,
+        device: torch.device,
+    ) -> None:
+        self.params, self.most_bytes, self.device = params, most_bytes, device
+        self.directory = directory / weights
         self.directory.mkdir(parents=True, exist_ok=True)
         self._known: OrderedDict[Tokens, Path] = OrderedDict()  # the least recently used first
         self._lock, self._writer = Lock(), ThreadPoolExecutor(1, "qnext-files")
@@ -61,7 +66,8 @@ class SnapshotFiles:
         self._writer.submit(self._write, tokens, kept)
 
     def _write(self, tokens: Tokens, kept: Kept) -> None:
-        path = self.directory / f"{_digest(repr(tokens).encode())}.safetensors"
+        name = hashlib.sha256(repr(tokens).encode()).hexdigest()[:32]
+        path = self.directory / f"{name}.safetensors"
         try:
             state = as_state(self.params.config, kept, len(tokens))
             save_state(self.params, state, path, tokens)
@@ -94,7 +100,7 @@ class SnapshotFiles:
             path = self._known[found]
         try:
             os.utime(path)  # so that a restart knows what was used last
-            state = load_state(self.params, path, self.params.embed.device)
+            state = load_state(self.params, path, self.device)
         except (OSError, QnextError) as error:
             log.warning("%s is not used: %s", path, error)
             with self._lock:
@@ -105,25 +111,3 @@ class SnapshotFiles:
     def close(self) -> None:
         """Wait until everything is written."""
         self._writer.shutdown()
-
-
-def weights_digest(params: Params) -> str:
-    """A name for these very weights: a hash of the config and of numbers out of every tensor."""
-    parts = [params.config.fingerprint.encode()]
-    for path, leaf in leaves_with_paths(params):
-        if isinstance(leaf, Tensor):
-            flat = leaf.detach().flatten()
-            some = flat[:: max(flat.numel() // SAMPLES, 1)].cpu().contiguous()
-            parts += [f"{path} {leaf.dtype} {list(leaf.shape)}".encode(), _raw(some)]
-    return _digest(*parts)
-
-
-def _raw(tensor: Tensor) -> bytes:
-    return tensor.view(torch.uint8).numpy().tobytes()
-
-
-def _digest(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:32]

@@ -103,7 +103,7 @@ def completed(state: State, pages: Sequence[int], kept: Kept) -> Kept:
 def of_pages(state: State, pages: Sequence[int]) -> Kept:
     """The keys and values of these pages of the pools, of no sequence's state."""
     index = torch.tensor(pages, dtype=torch.long, device=state.lengths.device)
-    whole = Kept(state.layers, state.mtp)
+    whole = Kept(state.layers, state.mtp if state.slots.shape[1] > 1 else ())
     made = [pool[index] if is_paged else pool[:0] for pool, is_paged in _parts(whole)]
     kept: Kept = rebuild(whole, made)
     return kept

@@ -5,9 +5,12 @@ Where several ranks have parts of the pools it is done otherwise, see `ranks`.
 
 from collections.abc import Sequence
 
+from qnext.functional.params import Params
 from qnext.functional.state import State
 from qnext.functional.tree import leaves
+from qnext.lowering.trace import specs_of
 from qnext.runtime import kept as local
+from qnext.runtime.digest import weights_digest
 from qnext.runtime.kept import Kept
 
 
@@ -35,3 +38,12 @@ class Moves:
         """Empty all pools, in place."""
         for pool in leaves((state.layers, state.mtp)):
             pool.zero_()
+
+    def specs(self, state: State) -> State:
+        """Specs of the state that values are taken out of."""
+        found: State = specs_of(state)
+        return found
+
+    def digest(self, params: Params) -> str:
+        """A name for the weights of the whole model."""
+        return weights_digest(params)

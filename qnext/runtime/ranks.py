@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from qnext.functional.shard import part_of
 from qnext.functional.state import State, init_state
 from qnext.functional.tree import default_store, leaves, map_leaves, process_group, rebuild
 from qnext.runtime import kept as local
+from qnext.runtime.digest import weights_digest
 from qnext.runtime.kept import Kept
 from qnext.runtime.moves import Moves
 from qnext.runtime.options import Options
@@ -29,6 +30,7 @@ from qnext.runtime.request import RankError
 from qnext.runtime.steps import Steps
 from qnext.shapes import annotated_leaves
 
+T = TypeVar("T")
 BEAT = 1.0  # seconds between signs of life
 
 
@@ -183,6 +185,14 @@ class SharedMoves(Moves):
             self.channel.tell("zero")
             super().zero(state)
 
+    def specs(self, state: State) -> State:
+        return whole_specs(state, self.config)
+
+    def digest(self, params: Params) -> str:
+        with blamed(self.channel):
+            self.channel.tell("digest")
+            return weights_digest(params, self.channel.total)
+
     def _whole(self, part: Kept) -> Kept:
         parts = [unpacked(each, part) for each in self.channel.gather(packed(part))]
         return joined(parts, self.config)
@@ -259,6 +269,9 @@ class Follower:
     def zero(self) -> None:
         Moves().zero(self.state)
 
+    def digest(self) -> None:
+        weights_digest(self.steps.params, self.channel.total)
+
     def _with(self, tables: State) -> State:
         return tables._replace(layers=self.state.layers, mtp=self.state.mtp)
 
@@ -272,6 +285,17 @@ def blamed(channel: Channel) -> Iterator[None]:
         raise
     except Exception as error:
         raise channel.blame(error) from error
+
+
+def whole_specs(tree: T, config: Config) -> T:
+    """Specs of the tree that a rank has a part of."""
+    sizes = replace(config, mesh=Mesh()).axes
+
+    def spec(leaf: Tensor, axes: tuple[str, ...]) -> Tensor:
+        named = zip(axes, leaf.shape, strict=True)
+        return _spec(leaf, [sizes[axis] if axis in config.divided else n for axis, n in named])
+
+    return rebuild(tree, [spec(leaf, hint.axes) for _, leaf, hint in annotated_leaves(tree, "")])
 
 
 def joined(parts: Sequence[Kept], config: Config) -> Kept:
@@ -318,5 +342,5 @@ def _tables(state: State) -> State:
     return state._replace(layers=(), mtp=())
 
 
-def _spec(leaf: Tensor) -> Tensor:
-    return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+def _spec(leaf: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    return torch.empty(shape or leaf.shape, dtype=leaf.dtype, device="meta")

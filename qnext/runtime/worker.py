@@ -49,6 +49,11 @@ class Worker:
     def params(self) -> Params:
         return self.steps.params
 
+    @property
+    def like(self) -> State:
+        """Specs of the state that values are taken out of: that of all ranks together."""
+        return self.moves.specs(self.state)
+
     def reset(self) -> None:
         """Begin anew, with empty pools: all sequences are lost.
 

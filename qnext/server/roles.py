@@ -17,16 +17,14 @@ from typing import Any, NamedTuple, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
-from qnext.functional.state import State, pages_of
+from qnext.functional.state import pages_of
 from qnext.handoff.layout import Layout, layout_of
 from qnext.handoff.manifest import Claim, HandoffError, Offer, claim_of
 from qnext.handoff.mooncake import BELL
 from qnext.handoff.receive import Receiver
 from qnext.handoff.send import Sender
 from qnext.handoff.transport import Transport
-from qnext.lowering.trace import specs_of
 from qnext.runtime.engine import Engine
-from qnext.runtime.files import weights_digest
 from qnext.runtime.kept import Kept
 from qnext.runtime.request import Request as Asked
 from qnext.runtime.request import Start
@@ -57,9 +55,9 @@ class Values:
     """What values of an engine's model are: of which weights, laid out how."""
 
     def __init__(self, engine: Engine) -> None:
-        self.like: State = specs_of(engine.worker.state)
+        self.like = engine.worker.like
         self.model = engine.params.config.fingerprint
-        self.weights = weights_digest(engine.params)
+        self.weights = engine.worker.moves.digest(engine.params)
 
     def of(self, tokens: Sequence[int]) -> tuple[Claim, Layout]:
         """The value after these tokens."""
@@ -69,7 +67,7 @@ class Values:
 
 def pool_bytes(engine: Engine) -> int:
     """Of a pool that takes the values of as many sequences as the engine's own pages do."""
-    like, options = engine.worker.state, engine.options
+    like, options = engine.worker.like, engine.options
     one, two = (layout_of(like, pages).nbytes for pages in (1, 2))
     return BELL + options.rows * one + options.pool * (two - one)
 

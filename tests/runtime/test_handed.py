@@ -27,7 +27,7 @@ class Gathered:
     """
 
     def __init__(self, reader: Engine, length: int = 300) -> None:
-        self.layout = layout_of(reader.worker.state, pages_of(length - 1))
+        self.layout = layout_of(reader.worker.like, pages_of(length - 1))
         self.memory = torch.full((self.layout.nbytes,), 0xA5, dtype=torch.uint8)
         self.parts: list[tuple[int, int, bool]] = []
         self.value: Kept | None = None

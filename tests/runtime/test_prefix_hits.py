@@ -9,8 +9,8 @@ import pytest
 
 import qnext as qn
 from qnext.functional.config import PAGE
+from qnext.runtime.digest import weights_digest
 from qnext.runtime.engine import Engine
-from qnext.runtime.files import weights_digest
 from qnext.runtime.request import Request
 from tests.runtime.engines import OPTIONS, VOCAB, alone, ends_of, engine, params, serve, steps
 
