@@ -31,7 +31,7 @@ def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     url = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + 60
-        while not _is_ready(url):
+        while not is_ready(url):
             assert started.poll() is None and time.monotonic() < end, started.communicate()
             time.sleep(0.05)
         yield started, url
@@ -40,7 +40,7 @@ def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         started.communicate()
 
 
-def _is_ready(url: str) -> bool:
+def is_ready(url: str) -> bool:
     try:
         return httpx.get(f"{url}/health", timeout=SECONDS).status_code == 200
     except httpx.TransportError:
