@@ -98,7 +98,7 @@ def started(*options: str, draft: int) -> Iterator[Sides]:
     with ExitStack() as stack:
 
         def server(*more: str) -> Server:
-            return Server(*stack.enter_context(process(*options, *SIZES, *more)))
+            return Server(*stack.enter_context(process(*SIZES, *options, *more)))
 
         guesses = ("--draft", str(draft))
         decode = server("--role", "decode", *guesses, "--handoff-seconds", "5")
@@ -173,6 +173,27 @@ def test_an_answer_of_int8_weights_is_the_same(tmp_path: Path) -> None:
                 _, answer = ask(path, **body)
                 assert texts(answer) == texts(sides.alone.post(path, **body))
         assert sides.decode.figure("qnext:handoffs_total") == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("int8", "draft"), [(False, 0), (False, 1), (True, 1)])
+def test_prompts_of_all_lengths(tmp_path: Path, int8: bool, draft: int) -> None:
+    """One token to 3,000, ends of pages among them, greedy and drawn."""
+    model, to = (), tmp_path / "int8"
+    if int8:
+        command = [sys.executable, "-m", "qnext.cli", "quantize", str(MODEL), str(to)]
+        subprocess.run(command, check=True)
+        model = (str(to), "--name", "demo")
+    lengths = (1, 2, 3, 64, 127, 128, 129, 130, 257, 1000, 2047, 2048, 2999, 3000)
+    with started(*model, "--capacity", "4096", "--chunk", "256", draft=draft) as sides:
+        for number, length in enumerate(lengths):
+            prompt = [(7 * i * i + 13 * i + number) % 250 for i in range(length)]
+            body = {"prompt": prompt, "max_tokens": 24, "seed": 3, "temperature": number % 2 * 0.8}
+            ask = (sides.as_sglang, sides.as_vllm)[number // 2 % 2]
+            _, answer = ask("/v1/completions", **body)
+            assert texts(answer) == texts(sides.alone.post("/v1/completions", **body)), length
+        assert sides.decode.figure("qnext:handoffs_total") == len(lengths) - 1
+        assert sides.prefill.is_clean() and sides.decode.is_clean()
 
 
 def test_rooms_of_several_prompts(sides: Sides) -> None:
