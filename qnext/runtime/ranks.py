@@ -80,17 +80,22 @@ class Channel:
 
     def blame(self, error: Exception) -> RankError:
         """Which ranks are gone, or failed, now that a call of this one did."""
+        try:
+            told = list(self._accused())
+        except Exception as lost:  # whoever holds the store is gone
+            told = [f"the ranks cannot find each other any more: {lost}"]
+        return RankError("; ".join(told) or f"a call of rank {self.mesh.rank} failed: {error}")
+
+    def _accused(self) -> Iterator[str]:
         before = self._beats()
         self._over.wait(3 * BEAT)
         after = self._beats()
-        told = []
-        for rank in range(self.mesh.ranks):
+        for rank in set(range(self.mesh.ranks)) - {self.mesh.rank}:
             key = self._key("error", rank)
-            if rank != self.mesh.rank and self._store.check([key]):
-                told.append(f"rank {rank} failed: {self._store.get(key).decode()}")
-            elif rank != self.mesh.rank and before[rank] == after[rank]:
-                told.append(f"rank {rank} is gone")
-        return RankError("; ".join(told) or f"a call of rank {self.mesh.rank} failed: {error}")
+            if self._store.check([key]):
+                yield f"rank {rank} failed: {self._store.get(key).decode()}"
+            elif before[rank] == after[rank]:
+                yield f"rank {rank} is gone"
 
     def close(self) -> None:
         """Let the others go, if this is the first rank."""
