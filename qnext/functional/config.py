@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -128,66 +128,18 @@ class Config:
             for i in range(self.num_hidden_layers)
         )
 
-    @cached_property
+    @property
     def axes(self) -> dict[str, int]:
         """Sizes of the named axes that annotations speak of; docs/glossary.md tells the words.
 
         Those that a mesh divides are as large as what this rank holds.
         """
-        ffn, shared = self.moe_intermediate_size, self.shared_expert_intermediate_size
-        dv = self.linear_value_head_dim
-        divided = {axis: self.mesh.spans(blocks) for axis, blocks in self.divided.items()}
-        return {
-            "d": self.hidden_size,
-            "two_d": 2 * self.hidden_size,
-            "vocab": self.vocab_size,
-            "hd": self.head_dim,
-            "q": self.num_attention_heads * self.head_dim,
-            "dk": self.linear_key_head_dim,
-            "dv": dv,
-            "v": self.linear_num_value_heads * dv,
-            "width": self.linear_conv_kernel_dim,
-            "dense": self.intermediate_size,
-            "experts": self.num_experts,
-            "ffn": ffn,
-            "ffn_gate_up": 2 * ffn,
-            "shared": shared,
-            "shared_gate_up": 2 * shared,
-            "page": PAGE,
-            **{axis: sum(span.size for span in spans) for axis, spans in divided.items()},
-        }
+        return _axes(self)
 
-    @cached_property
+    @property
     def divided(self) -> dict[str, tuple[Block, ...]]:
         """The axes that a mesh divides, and what they are made of."""
-        hd, dk, dv = self.head_dim, self.linear_key_head_dim, self.linear_value_head_dim
-
-        def heads(size: int = 1) -> Block:
-            return Block("heads", self.num_attention_heads, size)
-
-        def kv(size: int = 1) -> Block:
-            return Block("heads", self.num_key_value_heads, size, repeats=True)
-
-        def keys(size: int = 1) -> Block:
-            return Block("delta_heads", self.linear_num_key_heads, size)
-
-        def values(size: int = 1) -> Block:
-            return Block("delta_heads", self.linear_num_value_heads, size)
-
-        dense = Block("dense", self.intermediate_size)
-        return {
-            "hq": (heads(),),
-            "hkv": (kv(),),
-            "qkvg": (heads(hd), kv(hd), kv(hd), heads(hd)),
-            "hk": (keys(),),
-            "hv": (values(),),
-            "conv": (keys(dk), keys(dk), values(dv)),
-            "qkvz": (keys(dk), keys(dk), values(dv), values(dv)),
-            "ba": (values(), values()),
-            "dense_gate_up": (dense, dense),
-            "own_experts": (Block("experts", self.num_experts),),
-            "own_vocab": (Block("vocab", self.vocab_size),),
-        }
+        return _divided(self)
 
     @property
     def fingerprint(self) -> str:
@@ -197,6 +149,64 @@ class Config:
 
 
 register_constant(Config)
+
+
+@lru_cache(maxsize=64)  # asked several times a layer
+def _axes(c: Config) -> dict[str, int]:
+    ffn, shared = c.moe_intermediate_size, c.shared_expert_intermediate_size
+    dv = c.linear_value_head_dim
+    divided = {axis: c.mesh.spans(blocks) for axis, blocks in c.divided.items()}
+    return {
+        "d": c.hidden_size,
+        "two_d": 2 * c.hidden_size,
+        "vocab": c.vocab_size,
+        "hd": c.head_dim,
+        "q": c.num_attention_heads * c.head_dim,
+        "dk": c.linear_key_head_dim,
+        "dv": dv,
+        "v": c.linear_num_value_heads * dv,
+        "width": c.linear_conv_kernel_dim,
+        "dense": c.intermediate_size,
+        "experts": c.num_experts,
+        "ffn": ffn,
+        "ffn_gate_up": 2 * ffn,
+        "shared": shared,
+        "shared_gate_up": 2 * shared,
+        "page": PAGE,
+        **{axis: sum(span.size for span in spans) for axis, spans in divided.items()},
+    }
+
+
+@lru_cache(maxsize=64)
+def _divided(c: Config) -> dict[str, tuple[Block, ...]]:
+    hd, dk, dv = c.head_dim, c.linear_key_head_dim, c.linear_value_head_dim
+
+    def heads(size: int = 1) -> Block:
+        return Block("heads", c.num_attention_heads, size)
+
+    def kv(size: int = 1) -> Block:
+        return Block("heads", c.num_key_value_heads, size, repeats=True)
+
+    def keys(size: int = 1) -> Block:
+        return Block("delta_heads", c.linear_num_key_heads, size)
+
+    def values(size: int = 1) -> Block:
+        return Block("delta_heads", c.linear_num_value_heads, size)
+
+    dense = Block("dense", c.intermediate_size)
+    return {
+        "hq": (heads(),),
+        "hkv": (kv(),),
+        "qkvg": (heads(hd), kv(hd), kv(hd), heads(hd)),
+        "hk": (keys(),),
+        "hv": (values(),),
+        "conv": (keys(dk), keys(dk), values(dv)),
+        "qkvz": (keys(dk), keys(dk), values(dv), values(dv)),
+        "ba": (values(), values()),
+        "dense_gate_up": (dense, dense),
+        "own_experts": (Block("experts", c.num_experts),),
+        "own_vocab": (Block("vocab", c.vocab_size),),
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

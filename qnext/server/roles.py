@@ -35,7 +35,7 @@ from qnext.server.schema import Placed
 
 log = logging.getLogger("qnext")
 router = APIRouter()
-SLACK = 1.0  # seconds that a peer may take to say that it has an offer
+REACHED, TAKEN = 1.0, 3.0  # seconds until a peer is reached, and until it says that it has an offer
 T = TypeVar("T")
 
 
@@ -212,7 +212,7 @@ class Decoder:
         """Tell the other side; why it does not take the offer, and what that counts as."""
         import aiohttp
 
-        limit = aiohttp.ClientTimeout(total=min(self.seconds, SLACK))
+        limit = aiohttp.ClientTimeout(total=min(self.seconds, TAKEN), sock_connect=REACHED)
         body = offer.model_dump_json()
         try:
             async with (
