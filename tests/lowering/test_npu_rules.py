@@ -1,6 +1,7 @@
 """Lowering to the NPU targets on shapes alone: no torch_npu, no device, nothing computed."""
 
 from collections import Counter
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -37,10 +38,11 @@ def lower(
     precision: dict[str, torch.dtype] | None = None,
     draft: int = 0,
     int8: list[str] | None = None,
+    mesh: qn.Mesh | None = None,
     **changes: Any,
 ) -> Lowered:
-    """`int8` quantises all but what it lists."""
-    config = qn.Config.from_hf(SMALL | changes)
+    """`int8` quantises all but what it lists; of a mesh it is the step of one rank."""
+    config = replace(qn.Config.from_hf(SMALL | changes), mesh=mesh or qn.Mesh())
     config = config.with_precision(**({"compute": BF16, "state": BF16} | (precision or {})))
     step = qn.jit(function, donate=donate)
     params, *rest = qn.specs(config, batch, 300, seq=seq, draft=draft)
@@ -243,3 +245,23 @@ def test_a_call_that_is_missing_is_a_reason(call: str, site: str) -> None:
 def test_unknown_targets_are_refused() -> None:
     with pytest.raises(qn.TargetError, match="'npu:910b', 'npu:a3', 'npu:950'"):
         lowered(target="npu:910c")
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def test_launches_of_a_rank(rank: int) -> None:
+    """Those of one device, a table a mixture, and the collectives; less without shared experts."""
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 212}
+    sizes |= {"linear_num_key_heads": 4, "linear_num_value_heads": 12, "num_hidden_layers": 8}
+    one = lowered(**sizes)
+    mesh = qn.Mesh(tp=4, rank=rank)
+    step = lowered(mesh=mesh, **sizes)
+    assert "reference" not in step.report()
+    # a block's: heads are gathered, experts added up; where the shared expert is another rank's its
+    # gate, its weight and its choice are not there
+    more = 3 if rank == 0 else 0
+    for layer in range(8):
+        part = f".layers[{layer}]"
+        alone, mine = calls(one, part), calls(step, part)
+        assert len(mine) == len(alone) + more, part
+        assert sum("all_gather" in line or "all_reduce" in line for line in mine) == 2
+    assert len(calls(step, ".head[0]")) == len(calls(one, ".head[0]")) + 1

@@ -16,6 +16,7 @@ PREFILL = {"function": qn.prefill, "seq": 70}
 ODD_HEADS = {"head_dim": 40}
 SHARED = {"shared_expert_intermediate_size": 56}
 DENSE = {"num_experts": 0}
+RANK = {"mesh": qn.Mesh(tp=2, whole=("delta_heads", "vocab"))}
 WIDE_STATE = {"precision": {"state": torch.float32}}
 STRONG = {"target": resolve("npu:910b", chunk_strong_decay=True)}
 
@@ -37,6 +38,7 @@ NARROW = "{} is float32, the call wants bfloat16"
 TABLE: dict[str, Row] = {
     "mixture": Row({}, SHARED, "the shared expert's width is 56, the others' 64"),
     "mixture_apart": Row(SHARED, SHARED | FLOAT32, NARROW.format("x")),
+    "mixture_held": Row(RANK, RANK | SHARED, "the shared expert's width is 56, the others' 64"),
     "joined": Row({}, FLOAT32, NARROW.format("x")),
     "add_norm": Row({}, FLOAT32, NARROW.format("x")),
     "norm": Row({}, FLOAT32, NARROW.format("x")),

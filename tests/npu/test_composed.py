@@ -13,7 +13,7 @@ import qnext as qn
 from qnext.functional import ops
 from qnext.functional.ops import PRIMITIVES
 from qnext.functional.ops.tolerance import SUMS
-from qnext.lowering.npu import composed, composed_delta
+from qnext.lowering.npu import composed, composed_delta, emit, ranks
 from tests.lowering.test_composed_rules import (
     close,
     close_pools,
@@ -112,6 +112,32 @@ def test_mixture_apart(renormalise: bool) -> None:
     beside = linear(ops.swiglu(linear(w["x"], w["shared_gate_up"])), w["shared_down"])
     want = routed + linear(w["x"], w["shared_gate"]).sigmoid() * beside
     assert relative_rms(got, want) <= SUMS[BF16].relative_rms
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_mixtures_of_ranks_add_up(renormalise: bool) -> None:
+    """Each rank's part of the sum, the shared expert with the first of them."""
+    tokens, d, experts, ffn = 13, 48, 7, 32
+    sizes = {
+        "x": (tokens, d),
+        "router": (experts, d),
+        "shared_gate": (1, d),
+        "gate_up": (experts, 2 * ffn, d),
+        "down": (experts, d, ffn),
+        "shared_gate_up": (2 * ffn, d),
+        "shared_down": (d, ffn),
+    }
+    given = {k: (torch.randn(shape) * shape[-1] ** -0.5).to(BF16) for k, shape in sizes.items()}
+    given["x"] = torch.randn(sizes["x"]).to(BF16)
+    how = {"topk": 3, "renormalise": renormalise, "group": "", "size": 1}
+    parts = []
+    for first, count in ((0, 3), (3, 1), (4, 3)):
+        held = {name: given[name][first : first + count] for name in ("gate_up", "down")}
+        part = ranks.mixture_held(**device(given | held), first=first, **how)
+        parts.append(part.cpu().float())
+    want = emit.mixture(**device(given), topk=3, renormalise=renormalise).cpu().float()
+    assert relative_rms(sum(parts), want) <= SUMS[BF16].relative_rms
+    assert all(relative_rms(part, want) > 0.1 for part in parts)
 
 
 # Single primitives as captured steps: one node of the graph a launch, nothing read by the host.

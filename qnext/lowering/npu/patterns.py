@@ -169,7 +169,7 @@ def mixture(node: Node) -> Match | None:
     ):
         return None
     total = only_user(experts, "add")
-    shared = None if total is None else _shared(total, experts, x)
+    shared = None if total is None else shared_expert(total, experts, x)
     if total is None or shared is None:
         return None
     inputs: dict[str, Any] = {
@@ -184,7 +184,7 @@ def mixture(node: Node) -> Match | None:
     return Match(inputs, (total,), covers=(route, experts))
 
 
-def _shared(total: Node, experts: Node, x: Any) -> dict[str, Node] | None:
+def shared_expert(total: Node, experts: Node, x: Any) -> dict[str, Node] | None:
     """The weights of sigmoid(x gate) * down(swiglu(gate_up x)), the other summand."""
     product = next((arg for arg in total.args if arg is not experts), None)
     if not isinstance(product, Node) or site_name(product) != "mul":

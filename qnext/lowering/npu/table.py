@@ -5,7 +5,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qnext.lowering.npu import bias, composed, composed_delta, custom, emit, patterns, plain
+from qnext.lowering.npu import (
+    bias,
+    composed,
+    composed_delta,
+    custom,
+    emit,
+    patterns,
+    plain,
+    ranks,
+)
 from qnext.lowering.npu.w8a8 import rules as w8a8
 from qnext.lowering.rules import Rule
 from qnext.lowering.target import Target
@@ -138,6 +147,24 @@ def _mixture(
     return _routing(target, gate_up.shape[0] + 1, topk) or _narrow("x", x)
 
 
+def _mixture_held(
+    target: Target,
+    *,
+    x: Tensor,
+    gate_up: Tensor,
+    shared_gate_up: Tensor,
+    topk: int,
+    first: int,
+    **_: object,
+) -> str | None:
+    if first == 0 and shared_gate_up.shape[0] != gate_up.shape[1]:
+        return (
+            f"the shared expert's width is {shared_gate_up.shape[0] // 2}, the others' "
+            f"{gate_up.shape[1] // 2}"
+        )
+    return _routing(target, gate_up.shape[0] + 2, topk) or _narrow("x", x)
+
+
 def _mixture_apart(
     target: Target, *, x: Tensor, gate_up: Tensor, topk: int, **_: object
 ) -> str | None:
@@ -208,6 +235,14 @@ RULES = (
         "npu_moe_init_routing_v2, npu_grouped_matmul",
         _mixture_apart,
         patterns.mixture,
+    ),
+    Rule(
+        "mixture_held",
+        "linear",
+        ranks.mixture_held,
+        "npu_moe_init_routing_v2, npu_grouped_matmul, all_reduce",
+        _mixture_held,
+        ranks.held_mixture,
     ),
     Rule("joined", "linear", emit.join, "matmul", _x, patterns.joined_linears),
     Rule("add_norm", "rms_norm", emit.add_norm, "npu_add_rms_norm", _add_norm, patterns.added_norm),
