@@ -39,6 +39,7 @@ TABLE: dict[str, Row] = {
     "mixture": Row({}, SHARED, "the shared expert's width is 56, the others' 64"),
     "mixture_apart": Row(SHARED, SHARED | FLOAT32, NARROW.format("x")),
     "mixture_held": Row(RANK, RANK | SHARED, "the shared expert's width is 56, the others' 64"),
+    "experts_held": Row(RANK | SHARED, RANK | SHARED | FLOAT32, NARROW.format("x")),
     "joined": Row({}, FLOAT32, NARROW.format("x")),
     "add_norm": Row({}, FLOAT32, NARROW.format("x")),
     "norm": Row({}, FLOAT32, NARROW.format("x")),
@@ -63,6 +64,10 @@ TABLE: dict[str, Row] = {
     "attention": Row({}, ODD_HEADS, "heads of 40: must be a multiple of 16 up to 512"),
     "attention_composed": Row(ODD_HEADS, FLOAT32, NARROW.format("query")),
     "int8_mixture": Row(INT8, ALONE, "the shared expert's width is 56, the others' 64"),
+    "int8_mixture_held": Row(
+        RANK | INT8, RANK | ALONE, "the shared expert's width is 56, the others' 64"
+    ),
+    "int8_experts_held": Row(RANK | ALONE, RANK | ALONE | FLOAT32, NARROW.format("x")),
     "int8_experts": Row(ALONE, ALONE | FLOAT32, NARROW.format("x")),
     "add_norm_tokens": Row(INT8, NO_NORM_ALONE | FLOAT32, NARROW.format("x")),
     "gated_norm_tokens": Row(INT8, INT8 | FLOAT32, NARROW.format("x")),

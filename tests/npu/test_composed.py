@@ -13,7 +13,9 @@ import qnext as qn
 from qnext.functional import ops
 from qnext.functional.ops import PRIMITIVES
 from qnext.functional.ops.tolerance import SUMS
+from qnext.functional.quantize import quantize_rows
 from qnext.lowering.npu import composed, composed_delta, emit, ranks
+from qnext.lowering.npu.w8a8 import emit as w8a8
 from tests.lowering.test_composed_rules import (
     close,
     close_pools,
@@ -136,6 +138,30 @@ def test_mixtures_of_ranks_add_up(renormalise: bool) -> None:
         part = ranks.mixture_held(**device(given | held), first=first, **how)
         parts.append(part.cpu().float())
     want = emit.mixture(**device(given), topk=3, renormalise=renormalise).cpu().float()
+    assert relative_rms(sum(parts), want) <= SUMS[BF16].relative_rms
+    assert all(relative_rms(part, want) > 0.1 for part in parts)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_experts_of_ranks_add_up(int8: bool) -> None:
+    tokens, d, count, ffn = 13, 48, 7, 32
+    logits = torch.randn(tokens, count).to(BF16)
+    x = torch.randn(tokens, d).to(BF16)
+    weights = [torch.randn(count, 2 * ffn, d) * d**-0.5, torch.randn(count, d, ffn) * ffn**-0.5]
+    up, down = (quantize_rows(w.to(BF16)) for w in weights)
+    given = {"gate_up": weights[0].to(BF16), "down": weights[1].to(BF16)}
+    if int8:
+        given = {"gate_up": up.weight, "gate_up_scale": up.scale}
+        given |= {"down": down.weight, "down_scale": down.scale}
+    emitted = w8a8.experts_held if int8 else ranks.experts_held
+    parts = []
+    for first, own in ((0, 3), (3, 1), (4, 3)):
+        held = {name: weight[first : first + own] for name, weight in given.items()}
+        told = device({"x": x, "logits": logits} | held)
+        parts.append(emitted(**told, topk=3, renormalise=True, first=first).cpu().float())
+    weight, expert = ops.route(logits=logits.float(), topk=3, renormalise=True)
+    reference = ops.int8_experts if int8 else ops.experts
+    want = reference(x=x, expert=expert, weight=weight.to(BF16), **given)
     assert relative_rms(sum(parts), want) <= SUMS[BF16].relative_rms
     assert all(relative_rms(part, want) > 0.1 for part in parts)
 

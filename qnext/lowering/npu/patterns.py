@@ -39,6 +39,21 @@ def past_casts(node: Node | None) -> Node | None:
     return node
 
 
+def uncast(node: Any) -> Any:
+    """What a chain of casts was made of."""
+    while isinstance(node, Node) and site_name(node) in ("to", "alias"):
+        node = node.args[0]
+    return node
+
+
+def narrowest(node: Node) -> Node:
+    """Of a chain of casts and what it begins with, the one with the fewest bits."""
+    chain = [node]
+    while site_name(chain[-1]) in ("to", "alias"):
+        chain.append(chain[-1].all_input_nodes[0])
+    return min(chain, key=lambda each: value(each).itemsize)
+
+
 def added_norm(node: Node) -> Match | None:
     """rms_norm(x + residual), where the sum is used on its own as well."""
     total = argument(node, "x")

@@ -165,6 +165,13 @@ def _mixture_held(
     return _routing(target, gate_up.shape[0] + 2, topk) or _narrow("x", x)
 
 
+def _experts_held(
+    target: Target, *, x: Tensor, logits: Tensor, gate_up: Tensor, topk: int, **_: object
+) -> str | None:
+    reason = _routing(target, gate_up.shape[0] + 1, topk)
+    return reason or _narrow("x", x) or _narrow("logits", logits)
+
+
 def _mixture_apart(
     target: Target, *, x: Tensor, gate_up: Tensor, topk: int, **_: object
 ) -> str | None:
@@ -243,6 +250,14 @@ RULES = (
         "npu_moe_init_routing_v2, npu_grouped_matmul, all_reduce",
         _mixture_held,
         ranks.held_mixture,
+    ),
+    Rule(
+        "experts_held",
+        "experts",
+        ranks.experts_held,
+        "npu_moe_init_routing_v2, npu_grouped_matmul",
+        _experts_held,
+        ranks.held_experts,
     ),
     Rule("joined", "linear", emit.join, "matmul", _x, patterns.joined_linears),
     Rule("add_norm", "rms_norm", emit.add_norm, "npu_add_rms_norm", _add_norm, patterns.added_norm),

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from qnext.lowering.npu import calls
+from qnext.functional import ops
+from qnext.lowering.npu import calls, ranks
 from qnext.lowering.npu.w8a8 import calls as int8
 
 
@@ -142,3 +143,67 @@ def _experts(
 def _nz(weight: Tensor) -> Tensor:
     """A weight [..., n, k] as the calls read it: [..., k, n] in the cube unit's order."""
     return int8.npu_format_cast(weight=weight.mT.contiguous())
+
+
+def experts_held(
+    *,
+    x: Tensor,
+    logits: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    topk: int,
+    renormalise: bool,
+    first: int,
+) -> Tensor:
+    """Six launches, routing included; see `npu/ranks.py`."""
+    weight, expert = calls.npu_gating(logits=logits, topk=topk, renormalise=renormalise)
+    groups = ranks.sent(expert, logits.shape[1], first, gate_up.shape[0])
+    return _held(x, weight, groups, gate_up, gate_up_scale, down, down_scale)
+
+
+def mixture_held(
+    *,
+    x: Tensor,
+    router: Tensor,
+    shared_gate: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    shared_gate_up: Tensor,
+    shared_gate_up_scale: Tensor,
+    shared_down: Tensor,
+    shared_down_scale: Tensor,
+    topk: int,
+    renormalise: bool,
+    first: int,
+    group: str,
+    size: int,
+) -> Tensor:
+    """Ten launches and a collective; seven where the shared expert is another rank's."""
+    own = gate_up.shape[0]
+    weight, groups = ranks.chosen(x, router, shared_gate, own, topk, renormalise, first)
+    if first == 0:
+        gate_up = torch.cat([gate_up, shared_gate_up[None]])
+        gate_up_scale = torch.cat([gate_up_scale, shared_gate_up_scale[None]])
+        down = torch.cat([down, shared_down[None]])
+        down_scale = torch.cat([down_scale, shared_down_scale[None]])
+    part = _held(x, weight, groups, gate_up, gate_up_scale, down, down_scale)
+    return ops.all_reduce(x=part, group=group, size=size)
+
+
+def _held(
+    x: Tensor,
+    weight: Tensor,
+    groups: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+) -> Tensor:
+    """`_experts` with one more, whose results are zero."""
+    up, out = ranks.with_nobody(gate_up, down)
+    up_scale, out_scale = (torch.cat([each, each[:1]]) for each in (gate_up_scale, down_scale))
+    return _experts(x, weight, groups, up, up_scale, out, out_scale)

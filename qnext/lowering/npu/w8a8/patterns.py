@@ -8,10 +8,13 @@ from qnext.lowering.graph import site_name, value
 from qnext.lowering.npu.patterns import (
     argument,
     gated_linear_unit,
+    narrowest,
     only_user,
     past_casts,
     result,
+    uncast,
 )
+from qnext.lowering.npu.ranks import held_parts
 from qnext.lowering.rules import Match, whole
 
 
@@ -93,7 +96,7 @@ def routed(node: Node) -> Match | None:
     if route is None:
         return None
     inputs = {k: v for k, v in node.kwargs.items() if k not in ("expert", "weight")}
-    inputs |= {"logits": _narrowest(argument(route, "logits"))}
+    inputs |= {"logits": narrowest(argument(route, "logits"))}
     inputs |= {"topk": argument(route, "topk"), "renormalise": argument(route, "renormalise")}
     return Match(inputs, (node,), (route,))
 
@@ -106,7 +109,7 @@ def mixture(node: Node) -> Match | None:
     if experts is None or argument(experts, "x") is not x or _route(experts) is not route:
         return None
     total = only_user(experts, "add")
-    shared = None if total is None else _shared(total, experts, x)
+    shared = None if total is None else shared_expert(total, experts, x)
     if route is None or shared is None:
         return None
     weights = ("gate_up", "gate_up_scale", "down", "down_scale")
@@ -121,14 +124,14 @@ def mixture(node: Node) -> Match | None:
     return Match(inputs, (total,), covers=(route, experts))
 
 
-def _shared(total: Node, experts: Node, x: Any) -> dict[str, Any] | None:
+def shared_expert(total: Node, experts: Node, x: Any) -> dict[str, Any] | None:
     """The weights of sigmoid(x gate) * network(x), the other summand, where the network is int8."""
     product = next((arg for arg in total.args if arg is not experts), None)
     if not isinstance(product, Node) or site_name(product) != "mul":
         return None
-    gate, network = (_uncast(arg) for arg in product.args)
+    gate, network = (uncast(arg) for arg in product.args)
     gate = gate if site_name(gate) == "sigmoid" else network
-    network = next(arg for arg in map(_uncast, product.args) if arg is not gate)
+    network = next(arg for arg in map(uncast, product.args) if arg is not gate)
     if site_name(gate) != "sigmoid" or site_name(network) != "int8_linear":
         return None
     inner, linear = argument(network, "x").args[0], argument(gate, 0)
@@ -158,28 +161,24 @@ def _leads_to(product: Node, tokens: Node) -> bool:
 
 def _route(experts: Node) -> Node | None:
     """The routing whose results, and nothing else's, choose the experts."""
-    weight, expert = _uncast(argument(experts, "weight")), argument(experts, "expert")
+    weight, expert = uncast(argument(experts, "weight")), argument(experts, "expert")
     route = expert.args[0] if site_name(expert) == "getitem" else None
     if not isinstance(route, Node) or site_name(route) != "route" or weight not in route.users:
         return None
     return route if only_user(expert, "int8_experts") is experts else None
 
 
-def _uncast(node: Any) -> Any:
-    """What a chain of casts was made of."""
-    while isinstance(node, Node) and site_name(node) in ("to", "alias"):
-        node = node.args[0]
-    return node
-
-
-def _narrowest(node: Node) -> Node:
-    """Of a chain of casts and what it begins with, the one with the fewest bits."""
-    chain = [node]
-    while site_name(chain[-1]) in ("to", "alias"):
-        chain.append(chain[-1].all_input_nodes[0])
-    return min(chain, key=lambda each: value(each).itemsize)
-
-
 def _only(node: Node, name: str) -> Node | None:
     """The only user of a node, if it is of that name."""
     return only_user(node, name) if len(node.users) == 1 else None
+
+
+def held_mixture(node: Node) -> Match | None:
+    """`mixture` of a rank that holds some of the experts; to the sum over all ranks."""
+    parts, x = held_parts(node, "int8_experts"), argument(node, 0)
+    shared = None if parts is None else shared_expert(parts.total, parts.reduced, x)
+    if parts is None or shared is None:
+        return None
+    names = ("gate_up", "gate_up_scale", "down", "down_scale")
+    weights = {name: argument(parts.experts, name) for name in names}
+    return Match({**parts.inputs, **weights, **shared}, (parts.total,), (parts.experts,))

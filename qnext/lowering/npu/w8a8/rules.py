@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from qnext.lowering.npu.ranks import held_experts
 from qnext.lowering.npu.w8a8 import emit, patterns
 from qnext.lowering.rules import Rule
 from qnext.lowering.target import Target
@@ -78,6 +79,21 @@ def _mixture(
     return _chosen(target, x, gate_up, gate_up.shape[0] + 1, topk)
 
 
+def _mixture_held(
+    target: Target,
+    *,
+    x: Tensor,
+    gate_up: Tensor,
+    shared_gate_up: Tensor,
+    topk: int,
+    first: int,
+    **_: object,
+) -> str | None:
+    if first == 0:
+        return _mixture(target, x=x, gate_up=gate_up, shared_gate_up=shared_gate_up, topk=topk)
+    return _chosen(target, x, gate_up, gate_up.shape[0] + 1, topk)
+
+
 GROUPED = "npu_grouped_matmul_swiglu_quant_v2"
 RULES = (
     Rule(
@@ -95,6 +111,22 @@ RULES = (
         f"npu_moe_init_routing_v2, {GROUPED}, npu_grouped_matmul",
         _experts,
         patterns.routed,
+    ),
+    Rule(
+        "int8_mixture_held",
+        "linear",
+        emit.mixture_held,
+        f"npu_moe_init_routing_v2, {GROUPED}, npu_grouped_matmul, all_reduce",
+        _mixture_held,
+        patterns.held_mixture,
+    ),
+    Rule(
+        "int8_experts_held",
+        "int8_experts",
+        emit.experts_held,
+        f"npu_moe_init_routing_v2, {GROUPED}, npu_grouped_matmul",
+        _experts,
+        held_experts,
     ),
     Rule(
         "add_norm_tokens",
