@@ -6,8 +6,9 @@ of one group or of several. What is divided is data: `TABLE` names the mesh axis
 axis, and an axis that it does not name is whole on every rank.
 
 Matrices are divided by their outputs. What a rank has computed of a vector is gathered before the
-next matrix takes it, so that no sum is split: with any number of ranks results are the same to the
-bit, also with int8, whose scales are of whole vectors. Only the experts' sum is made of parts.
+next matrix takes it, so that no sum is split: with any number of ranks a number is rounded where it
+is on one, also with int8, whose scales are of whole vectors. Only the experts' sum is made of
+parts.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a rank holds of a whole model or state: the same trees with smaller leaves."""
+"""What a rank holds of a whole model, state or value: the same trees with smaller leaves."""
 
 from dataclasses import replace
 from typing import TypeVar
@@ -10,7 +10,6 @@ from qnext.errors import InputError
 from qnext.functional.config import Config
 from qnext.functional.mesh import Mesh
 from qnext.functional.params import Params
-from qnext.functional.state import State
 from qnext.functional.tree import rebuild
 from qnext.shapes import annotated_leaves
 
@@ -24,19 +23,10 @@ def shard(params: Params, mesh: Mesh) -> Params:
     the first place. Raises InputError for params that are a rank's already, and where heads or the
     vocabulary cannot be divided so.
     """
-    config = _of_mesh(params.config, mesh)
-    return part_of(params, config)._replace(config=config)
-
-
-def shard_state(state: State, config: Config, mesh: Mesh) -> State:
-    """What a rank of a mesh holds of a whole state of this (whole) config's model."""
-    return part_of(state, _of_mesh(config, mesh))
-
-
-def _of_mesh(config: Config, mesh: Mesh) -> Config:
-    if config.mesh != Mesh():
+    if params.config.mesh != Mesh():
         raise InputError("params are one rank's already: shard those of the whole model")
-    return replace(config, mesh=mesh)
+    config = replace(params.config, mesh=mesh)
+    return part_of(params, config)._replace(config=config)
 
 
 def part_of(tree: T, config: Config) -> T:
@@ -45,10 +35,16 @@ def part_of(tree: T, config: Config) -> T:
     return rebuild(tree, [_part(leaf, hint.axes, config) for _, leaf, hint in leaves])
 
 
+def divided_dim(axes: tuple[str, ...], config: Config) -> int | None:
+    """The one of a leaf's axes that a mesh divides; None: the leaf is whole on every rank."""
+    return next((dim for dim, axis in enumerate(axes) if axis in config.divided), None)
+
+
 def _part(leaf: Tensor, axes: tuple[str, ...], config: Config) -> Tensor:
-    for dim, axis in enumerate(axes):
-        if axis in config.divided:
-            spans = config.mesh.spans(config.divided[axis])
-            if sum(span.size for span in spans) != leaf.shape[dim]:
-                leaf = torch.cat([leaf.narrow(dim, *span) for span in spans], dim)
-    return leaf
+    dim = divided_dim(axes, config)
+    if dim is None:
+        return leaf
+    spans = config.mesh.spans(config.divided[axes[dim]])
+    if sum(span.size for span in spans) == leaf.shape[dim]:
+        return leaf
+    return torch.cat([leaf.narrow(dim, *span) for span in spans], dim)

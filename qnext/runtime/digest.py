@@ -10,6 +10,7 @@ from torch import Tensor
 from qnext.functional.config import Config
 from qnext.functional.mesh import Mesh
 from qnext.functional.params import Params
+from qnext.functional.shard import divided_dim
 from qnext.shapes import annotated_leaves
 
 SAMPLES = 4096  # numbers of a tensor that tell it from another
@@ -48,7 +49,7 @@ def _sum(leaf: Tensor, whole: tuple[int, ...], axes: tuple[str, ...], config: Co
     """
     count = torch.Size(whole).numel()
     index = torch.arange(0, count, max(count // SAMPLES, 1))
-    dim = next((dim for dim, axis in enumerate(axes) if axis in config.divided), None)
+    dim = divided_dim(axes, config)
     if dim is None:
         index = index if config.mesh.rank == 0 else index[:0]
         place = index

@@ -4,7 +4,7 @@ from datetime import timedelta
 from itertools import product
 
 from qnext.errors import InputError
-from qnext.functional.mesh import CONTROL, DP, EP, TP, Mesh
+from qnext.functional.mesh import CONTROL, EP, TP, Mesh
 
 
 def join(
@@ -28,7 +28,7 @@ def join(
             f"torchrun --nproc-per-node {size}"
         )
     mine, groups = number // size, dict[str, str]()
-    for axis in (TP, DP, EP):
+    for axis in (TP, EP):
         every = {tuple(Mesh(tp, dp, ep, rank).peers(axis)) for rank in range(size)}
         # all ranks of the job make all groups together, also those that they are not in
         for mesh, peers in product(range(world // size), sorted(every)):

@@ -18,7 +18,7 @@ from torch import Tensor
 from qnext.functional.config import Config
 from qnext.functional.mesh import CONTROL, TP, Mesh
 from qnext.functional.params import Params
-from qnext.functional.shard import part_of
+from qnext.functional.shard import divided_dim, part_of
 from qnext.functional.state import State, init_state
 from qnext.functional.tree import default_store, leaves, map_leaves, process_group, rebuild
 from qnext.runtime import kept as local
@@ -157,10 +157,8 @@ class SharedMoves(Moves):
     def take_into(
         self, into: Kept, state: State, row: int, pages: Sequence[int], states: bool = True
     ) -> Kept:
-        count = local.count_of_pages(into)
-        whole = (
-            self.take(state, row, pages[:count]) if states else self._pages(state, pages[:count])
-        )
+        pages = pages[: local.count_of_pages(into)]
+        whole = self.take(state, row, pages) if states else self._pages(state, pages)
         for target, leaf in zip(leaves(into), leaves(whole), strict=True):
             if leaf.numel():
                 local.copy_alone(target, leaf)
@@ -310,7 +308,7 @@ def joined(parts: Sequence[Kept], config: Config) -> Kept:
     made = []
     hints = [hint.axes for _, _, hint in annotated_leaves(parts[0], "")]
     for axes, *ours in zip(hints, *map(leaves, parts), strict=True):
-        dim = next((dim for dim, axis in enumerate(axes) if axis in config.divided), None)
+        dim = divided_dim(axes, config)
         if dim is None:
             made.append(ours[0])
             continue

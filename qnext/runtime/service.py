@@ -162,11 +162,10 @@ class Service:
     def _lose(self, error: RankError) -> None:
         log.critical("%s: every request ends", error)
         with self._news:
-            self.failure = str(error)
-            self._state = "closed"
-        for order in list(self._inbox):  # who was just taken ends as well
+            self.failure, self._state = str(error), "closed"
+            orders = [self._inbox.popleft() for _ in range(len(self._inbox))]
+        for order in orders:  # who was just taken ends as well
             order()
-        self._inbox.clear()
         self.engine.lose(error)
 
     # ---- ends

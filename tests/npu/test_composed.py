@@ -88,9 +88,9 @@ def test_gumbel() -> None:
         close("gumbel", got, PRIMITIVES["gumbel"].reference(**sample))
 
 
-@pytest.mark.parametrize("renormalise", [True, False])
-def test_mixture_apart(renormalise: bool) -> None:
-    tokens, d, experts, ffn, shared = 13, 48, 7, 32, 80
+def mixture_inputs(shared: int) -> dict[str, Tensor]:
+    """13 tokens and a mixture of seven experts of width 32, with a shared one of this width."""
+    tokens, d, experts, ffn = 13, 48, 7, 32
     sizes = {
         "x": (tokens, d),
         "router": (experts, d),
@@ -101,7 +101,12 @@ def test_mixture_apart(renormalise: bool) -> None:
         "shared_down": (d, shared),
     }
     given = {k: (torch.randn(shape) * shape[-1] ** -0.5).to(BF16) for k, shape in sizes.items()}
-    given["x"] = torch.randn(sizes["x"]).to(BF16)
+    return given | {"x": torch.randn(sizes["x"]).to(BF16)}
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_mixture_apart(renormalise: bool) -> None:
+    given = mixture_inputs(shared=80)
     got = composed.mixture_apart(**device(given), topk=3, renormalise=renormalise).cpu()
 
     w = {k: v.float() for k, v in given.items()}
@@ -119,18 +124,7 @@ def test_mixture_apart(renormalise: bool) -> None:
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_mixtures_of_ranks_add_up(renormalise: bool) -> None:
     """Each rank's part of the sum, the shared expert with the first of them."""
-    tokens, d, experts, ffn = 13, 48, 7, 32
-    sizes = {
-        "x": (tokens, d),
-        "router": (experts, d),
-        "shared_gate": (1, d),
-        "gate_up": (experts, 2 * ffn, d),
-        "down": (experts, d, ffn),
-        "shared_gate_up": (2 * ffn, d),
-        "shared_down": (d, ffn),
-    }
-    given = {k: (torch.randn(shape) * shape[-1] ** -0.5).to(BF16) for k, shape in sizes.items()}
-    given["x"] = torch.randn(sizes["x"]).to(BF16)
+    given = mixture_inputs(shared=32)
     how = {"topk": 3, "renormalise": renormalise, "group": "", "size": 1}
     parts = []
     for first, count in ((0, 3), (3, 1), (4, 3)):

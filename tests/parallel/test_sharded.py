@@ -17,7 +17,7 @@ from qnext.functional.blocks import own
 from qnext.functional.checkpoint import mapped
 from qnext.functional.checkpoint.stream import Reader
 from qnext.functional.mesh import Block, Span
-from qnext.functional.shard import shard_state
+from qnext.functional.shard import part_of
 from qnext.functional.tree import leaves, nbytes
 from tests.functional.test_int8_checkpoints import IGNORE, SCHEME, stored
 from tests.parallel.models import EVEN, Mixed, whole_params
@@ -134,10 +134,11 @@ def test_a_state_is_cut_as_its_model_is() -> None:
     params = whole_params(Mixed())
     whole = used(params, draft=1)
     for mesh in MESHES.values():
-        part = shard_state(whole, params.config, mesh)
+        part = part_of(whole, replace(params.config, mesh=mesh))
         like = qn.init_state(qn.shard(params, mesh).config, whole.batch, 300, draft=1)
         assert [leaf.shape for leaf in leaves(part)] == [leaf.shape for leaf in leaves(like)]
-    two = [shard_state(whole, params.config, qn.Mesh(tp=2, rank=rank)) for rank in range(2)]
+    configs = [replace(params.config, mesh=qn.Mesh(tp=2, rank=rank)) for rank in range(2)]
+    two = [part_of(whole, config) for config in configs]
     for name in ("recurrent", "key"):
         layer = 0 if name == "recurrent" else 3
         parts = [getattr(state.layers[layer], name) for state in two]

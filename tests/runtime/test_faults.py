@@ -10,7 +10,15 @@ import torch
 from qnext.functional.state import State
 from qnext.functional.tree import leaves
 from qnext.runtime.engine import Engine
-from qnext.runtime.request import CorruptedError, Output, Request, StepError
+from qnext.runtime.request import (
+    CorruptedError,
+    Output,
+    RankError,
+    RefusedError,
+    Request,
+    StepError,
+)
+from qnext.runtime.service import Service
 from qnext.runtime.steps import Steps
 from qnext.runtime.work import Done, Take, Work
 from tests.runtime.engines import VOCAB, alone, ends_of, engine, is_clean, serve
@@ -191,3 +199,41 @@ def test_beginning_anew_keeps_the_memory_of_the_pools() -> None:
     assert not any(leaf.any() for leaf in leaves([*state.layers, *state.mtp]))
     assert state.lengths.tolist() == [0, 0, 0] and not state.block_table.any()
     others_are_unharmed([serve(served, [request])[0] for request in REQUESTS], [])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_ranks_that_are_gone_end_every_request(
+    overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that run and those that wait; nobody is taken in any more, and the reason is told."""
+    served = engine(overlap=overlap)
+    calls, run = 0, served.worker.run
+
+    def breaks(work: Work) -> Done:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise RankError("rank 1 is gone")
+        return run(work)
+
+    monkeypatch.setattr(served.worker, "run", breaks)
+    with Service(served) as service:
+        outputs = service.generate(REQUESTS)
+        for each in outputs:
+            assert each[-1].finish == "error" and str(each[-1].error) == "rank 1 is gone"
+        assert (service.state, service.failure) == ("closed", "rank 1 is gone") and service.idle
+        with pytest.raises(RefusedError, match="the engine is closed"):
+            next(service.stream(REQUESTS[0]))
+
+
+def test_a_call_of_ranks_that_are_gone_is_no_fault_of_its_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(*_: object) -> None:
+        raise RankError("rank 1 is gone")
+
+    served = engine()
+    served.submit(REQUESTS[0], print)
+    monkeypatch.setattr(served.worker, "_prefill", gone)
+    with pytest.raises(RankError, match="rank 1 is gone"):
+        served.run()

@@ -6,6 +6,7 @@ Where a rule takes the mixture as a whole, the shared expert is added by the ran
 first of the others.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from qnext.lowering.npu.patterns import (
     narrowest,
     only_user,
     past_casts,
+    result,
     shared_expert,
     uncast,
 )
@@ -42,7 +44,8 @@ def choice_of(experts: Node) -> Choice | None:
     inside, place, otherwise = chosen.args
     count = value(argument(experts, "gate_up")).shape[0]
     limits = {(site_name(side), side.args) for side in inside.all_input_nodes}
-    if limits != {("ge", (place, 0)), ("lt", (place, count))} or otherwise != count:
+    both = site_name(inside) == "__and__" and otherwise == count
+    if not both or limits != {("ge", (place, 0)), ("lt", (place, count))}:
         return None
     expert = place.args[0] if site_name(place) == "sub" else None
     if not isinstance(expert, Node) or site_name(expert) != "getitem" or len(expert.users) != 1:
@@ -65,26 +68,25 @@ def held_experts(node: Node) -> Match | None:
     return Match(inputs, (node,), (route,))
 
 
-class Parts(NamedTuple):
-    """A mixture's nodes between the router's projection and the sum."""
+def held_mixture(
+    node: Node,
+    name: str = "experts",
+    weights: Sequence[str] = ("gate_up", "down"),
+    shared_of: Callable[[Node, Node, Any], dict[str, Any] | None] = shared_expert,
+) -> Match | None:
+    """From the router's projection to the sum of shared and routed experts, of all ranks.
 
-    experts: Node
-    reduced: Node
-    total: Node
-    inputs: dict[str, Any]
-
-
-def held_parts(node: Node, name: str) -> Parts | None:
-    """From the router's projection to the sum over ranks, of experts of this name, and beyond."""
+    name, weights: of the experts' primitive. shared_of: finds the weights of the shared expert.
+    """
     x, route = argument(node, 0), only_user(past_casts(node) or node, "route")
-    reached = {} if route is None else _reached(route, name)
-    experts = next(iter(reached), None)
+    experts = None if route is None else _weighted(route, name)
     choice = None if experts is None else choice_of(experts)
     reduced = None if experts is None else only_user(experts, "all_reduce")
     total = None if reduced is None else only_user(reduced, "add")
     if experts is None or choice is None or reduced is None or total is None:
         return None
-    if choice.route is not route or argument(experts, "x") is not x:
+    shared = shared_of(total, reduced, x)
+    if choice.route is not route or argument(experts, "x") is not x or shared is None:
         return None
     inputs = {
         "x": x,
@@ -94,26 +96,16 @@ def held_parts(node: Node, name: str) -> Parts | None:
         "first": choice.first,
         "group": argument(reduced, "group"),
         "size": argument(reduced, "size"),
+        **{weight: argument(experts, weight) for weight in weights},
+        **shared,
     }
-    return Parts(experts, reduced, total, inputs)
+    return Match(inputs, (total,), (choice.route, experts))
 
 
-def _reached(route: Node, name: str) -> dict[Node, None]:
+def _weighted(route: Node, name: str) -> Node | None:
     """The experts that a routing's weights go to."""
-    ends = (past_casts(user) for user in route.users if user.args[1] == 0)
-    return {user: None for end in ends if end for user in end.users if site_name(user) == name}
-
-
-def held_mixture(node: Node) -> Match | None:
-    """From the router's projection to the sum of shared and routed experts, of all ranks."""
-    parts = held_parts(node, "experts")
-    x = argument(node, 0)
-    shared = None if parts is None else shared_expert(parts.total, parts.reduced, x)
-    if parts is None or shared is None:
-        return None
-    weights = {name: argument(parts.experts, name) for name in ("gate_up", "down")}
-    covers = (argument(parts.experts, "expert"), parts.experts)
-    return Match({**parts.inputs, **weights, **shared}, (parts.total,), covers)
+    end = past_casts(result(route, 0))
+    return None if end is None else only_user(end, name)
 
 
 def sent(expert: Tensor, experts: int, first: int, own: int, further: int = 0) -> Tensor:

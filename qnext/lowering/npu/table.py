@@ -15,6 +15,7 @@ from qnext.lowering.npu import (
     plain,
     ranks,
 )
+from qnext.lowering.npu.guards import other_width
 from qnext.lowering.npu.w8a8 import rules as w8a8
 from qnext.lowering.rules import Rule
 from qnext.lowering.target import Target
@@ -139,12 +140,8 @@ def _attention_lengths(
 def _mixture(
     target: Target, *, x: Tensor, gate_up: Tensor, shared_gate_up: Tensor, topk: int, **_: object
 ) -> str | None:
-    if shared_gate_up.shape[0] != gate_up.shape[1]:
-        return (
-            f"the shared expert's width is {shared_gate_up.shape[0] // 2}, the others' "
-            f"{gate_up.shape[1] // 2}"
-        )
-    return _routing(target, gate_up.shape[0] + 1, topk) or _narrow("x", x)
+    reason = other_width(shared_gate_up, gate_up)
+    return reason or _routing(target, gate_up.shape[0] + 1, topk) or _narrow("x", x)
 
 
 def _mixture_held(
@@ -157,12 +154,9 @@ def _mixture_held(
     first: int,
     **_: object,
 ) -> str | None:
-    if first == 0 and shared_gate_up.shape[0] != gate_up.shape[1]:
-        return (
-            f"the shared expert's width is {shared_gate_up.shape[0] // 2}, the others' "
-            f"{gate_up.shape[1] // 2}"
-        )
-    return _routing(target, gate_up.shape[0] + 2, topk) or _narrow("x", x)
+    reason = other_width(shared_gate_up, gate_up) if first == 0 else None
+    groups = gate_up.shape[0] + (first == 0) + 1  # the shared expert's, and nobody's
+    return reason or _routing(target, groups, topk) or _narrow("x", x)
 
 
 def _experts_held(

@@ -5,6 +5,7 @@ from typing import Any
 from torch.fx import Node
 
 from qnext.lowering.graph import site_name, value
+from qnext.lowering.npu import ranks
 from qnext.lowering.npu.patterns import (
     argument,
     gated_linear_unit,
@@ -14,7 +15,6 @@ from qnext.lowering.npu.patterns import (
     result,
     uncast,
 )
-from qnext.lowering.npu.ranks import held_parts
 from qnext.lowering.rules import Match, whole
 
 
@@ -175,10 +175,5 @@ def _only(node: Node, name: str) -> Node | None:
 
 def held_mixture(node: Node) -> Match | None:
     """`mixture` of a rank that holds some of the experts; to the sum over all ranks."""
-    parts, x = held_parts(node, "int8_experts"), argument(node, 0)
-    shared = None if parts is None else shared_expert(parts.total, parts.reduced, x)
-    if parts is None or shared is None:
-        return None
-    names = ("gate_up", "gate_up_scale", "down", "down_scale")
-    weights = {name: argument(parts.experts, name) for name in names}
-    return Match({**parts.inputs, **weights, **shared}, (parts.total,), (parts.experts,))
+    weights = ("gate_up", "gate_up_scale", "down", "down_scale")
+    return ranks.held_mixture(node, "int8_experts", weights, shared_expert)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from qnext.lowering.npu.ranks import held_experts
+from qnext.lowering.npu import ranks
+from qnext.lowering.npu.guards import other_width
 from qnext.lowering.npu.w8a8 import emit, patterns
 from qnext.lowering.rules import Rule
 from qnext.lowering.target import Target
@@ -71,12 +72,8 @@ def _chosen(target: Target, x: Tensor, gate_up: Tensor, experts: int, topk: int)
 def _mixture(
     target: Target, *, x: Tensor, gate_up: Tensor, shared_gate_up: Tensor, topk: int, **_: object
 ) -> str | None:
-    if shared_gate_up.shape[0] != gate_up.shape[1]:
-        return (
-            f"the shared expert's width is {shared_gate_up.shape[0] // 2}, the others' "
-            f"{gate_up.shape[1] // 2}"
-        )
-    return _chosen(target, x, gate_up, gate_up.shape[0] + 1, topk)
+    reason = other_width(shared_gate_up, gate_up)
+    return reason or _chosen(target, x, gate_up, gate_up.shape[0] + 1, topk)
 
 
 def _mixture_held(
@@ -89,9 +86,16 @@ def _mixture_held(
     first: int,
     **_: object,
 ) -> str | None:
-    if first == 0:
-        return _mixture(target, x=x, gate_up=gate_up, shared_gate_up=shared_gate_up, topk=topk)
-    return _chosen(target, x, gate_up, gate_up.shape[0] + 1, topk)
+    reason = other_width(shared_gate_up, gate_up) if first == 0 else None
+    groups = gate_up.shape[0] + (first == 0) + 1  # the shared expert's, and nobody's
+    return reason or _chosen(target, x, gate_up, groups, topk)
+
+
+def _experts_held(
+    target: Target, *, x: Tensor, logits: Tensor, gate_up: Tensor, topk: int, **_: object
+) -> str | None:
+    reason = _chosen(target, x, gate_up, gate_up.shape[0] + 1, topk)
+    return reason or _narrow("logits", logits.dtype)
 
 
 GROUPED = "npu_grouped_matmul_swiglu_quant_v2"
@@ -125,8 +129,8 @@ RULES = (
         "int8_experts",
         emit.experts_held,
         f"npu_moe_init_routing_v2, {GROUPED}, npu_grouped_matmul",
-        _experts,
-        held_experts,
+        _experts_held,
+        ranks.held_experts,
     ),
     Rule(
         "add_norm_tokens",
