@@ -20,7 +20,7 @@ test-all: .venv/dev .venv-clients/dev  ## the default suite and the slow proofs
 
 test-npu: .venv-npu/dev  ## torch_npu on the software Ascend, a 910B and an A3; needs g++ on x86-64
 	$(NPU) -m pytest tests/npu -n 2
-	$(NPU) --soc 9391 -m pytest tests/npu/test_steps.py tests/npu/test_errors.py -k "fused or error"
+	$(NPU) --soc 9391 -m pytest tests/npu/test_steps.py tests/npu/test_errors.py tests/npu/test_ranks.py -k "fused or error or shared or travel"
 
 test-clients: .venv-clients/dev .venv/dev  ## public clients against `qnext serve`; needs npm
 	$(BIN)/python -m pytest tests/clients

@@ -19,7 +19,7 @@ from qnext.functional.tree import is_fake, is_tracing
 
 NAMESPACE = "qnext_calls"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-_TYPES = {int: "int", float: "float", bool: "bool", list[int]: "int[]"}
+_TYPES = {int: "int", float: "float", bool: "bool", str: "str", list[int]: "int[]"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Call:
     # a list that the package takes from the host alone, the tensor whose values it holds, and the
     # package's name for the list
     host: tuple[str, str, str] | None = None
+    collective: bool = False  # all ranks of a group make it together
 
     @property
     def op(self) -> Any:
@@ -56,6 +57,7 @@ def call(
     bytes: Callable[..., int] | None = None,
     launches: int = 1,
     host: tuple[str, str, str] | None = None,
+    collective: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Define a call from the function that runs it, whose arguments are all keywords.
 
@@ -65,7 +67,7 @@ def call(
 
     def define(run: Callable[..., Any]) -> Callable[..., Any]:
         name = run.__name__
-        record = Call(name, page, run, shapes, writes, flops, bytes, launches, host)
+        record = Call(name, page, run, shapes, writes, flops, bytes, launches, host, collective)
         return register(record, _schema(run))
 
     return define

@@ -11,7 +11,11 @@ from qnext.errors import TargetError
 
 GIB = 1 << 30
 # facts that are one of a few values
-CHOICES = {"custom_conv": (None, "sgl", "vllm"), "isa": ("native", "avx2", "portable")}
+CHOICES = {
+    "custom_conv": (None, "sgl", "vllm"),
+    "dispatch": (None, "direct", "relayed"),
+    "isa": ("native", "avx2", "portable"),
+}
 
 
 class Facts(NamedTuple):
@@ -56,6 +60,9 @@ class Facts(NamedTuple):
     grouped_experts: int = 1024
     # columns of the first weight of an int8 expert, npu_grouped_matmul_swiglu_quant_v2
     grouped_swiglu_columns: int = 10240
+    # how npu_moe_distribute_dispatch_v2 reaches the ranks of a token's experts: "direct" on the A3,
+    # "relayed" by ranks of the same number in other servers on the A2; None: not documented
+    dispatch: Literal["direct", "relayed"] | None = None
     # calls that rules use and the installed torch_npu lacks, by name; the probe fills it
     missing: tuple[str, ...] = ()
 
@@ -166,8 +173,8 @@ TARGETS = {
     for target in (
         Target("reference", "reference"),
         Target("cpu", "cpu", facts=KERNELS),
-        Target("npu:910b", "npu", A2),
-        Target("npu:a3", "npu", A3),
+        Target("npu:910b", "npu", A2, Facts(dispatch="relayed")),
+        Target("npu:a3", "npu", A3, Facts(dispatch="direct")),
         Target("npu:950", "npu", A950, Facts(state_float32=True, chunk_state_float32=True)),
     )
 }

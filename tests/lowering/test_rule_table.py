@@ -17,6 +17,10 @@ ODD_HEADS = {"head_dim": 40}
 SHARED = {"shared_expert_intermediate_size": 56}
 DENSE = {"num_experts": 0}
 RANK = {"mesh": qn.Mesh(tp=2, whole=("delta_heads", "vocab"))}
+# groups of other sequences, to whose ranks tokens travel
+GROUPS = {"mesh": qn.Mesh(dp=4), "num_experts": 8, "hidden_size": 1024}
+WIDE_GROUPS = GROUPS | {"mesh": qn.Mesh(dp=16), "num_experts": 32}
+A3, UNEVEN = {"target": "npu:a3"}, {"num_experts": 10}
 WIDE_STATE = {"precision": {"state": torch.float32}}
 STRONG = {"target": resolve("npu:910b", chunk_strong_decay=True)}
 
@@ -40,6 +44,9 @@ TABLE: dict[str, Row] = {
     "mixture_apart": Row(SHARED, SHARED | FLOAT32, NARROW.format("x")),
     "mixture_held": Row(RANK, RANK | SHARED, "the shared expert's width is 56, the others' 64"),
     "experts_held": Row(RANK | SHARED, RANK | SHARED | FLOAT32, NARROW.format("x")),
+    "experts_direct": Row(GROUPS | A3, GROUPS, "the target's dispatch is relayed"),
+    "experts_relayed": Row(WIDE_GROUPS, GROUPS, "4 ranks, the call takes 16, 32 or 64"),
+    "experts_gathered": Row(GROUPS, GROUPS | FLOAT32, NARROW.format("x")),
     "joined": Row({}, FLOAT32, NARROW.format("x")),
     "add_norm": Row({}, FLOAT32, NARROW.format("x")),
     "norm": Row({}, FLOAT32, NARROW.format("x")),
@@ -68,6 +75,11 @@ TABLE: dict[str, Row] = {
         RANK | INT8, RANK | ALONE, "the shared expert's width is 56, the others' 64"
     ),
     "int8_experts_held": Row(RANK | ALONE, RANK | ALONE | FLOAT32, NARROW.format("x")),
+    "int8_experts_direct": Row(
+        GROUPS | INT8 | A3, GROUPS | INT8 | A3 | UNEVEN, "10 experts on 4 ranks, the call wants"
+    ),
+    "int8_experts_relayed": Row(WIDE_GROUPS | INT8, WIDE_GROUPS, "experts are no int8"),
+    "int8_experts_gathered": Row(GROUPS | INT8, GROUPS, "experts are no int8"),
     "int8_experts": Row(ALONE, ALONE | FLOAT32, NARROW.format("x")),
     "add_norm_tokens": Row(INT8, NO_NORM_ALONE | FLOAT32, NARROW.format("x")),
     "gated_norm_tokens": Row(INT8, INT8 | FLOAT32, NARROW.format("x")),
@@ -77,6 +89,7 @@ TABLE: dict[str, Row] = {
     "products": Row(INT8, INT8 | FLOAT32, "another pattern"),
     "swiglu": Row(DENSE, DENSE | FLOAT32, NARROW.format("x")),
 }
+ALWAYS = {"reduced": RANK | SHARED, "gathered": RANK}  # nothing that they would decline
 BY_THEMSELVES = {"gumbel_composed", "rows_put"}  # of functions other than the model's, below
 
 
@@ -100,13 +113,19 @@ def told(step: Lowered, rule: str) -> list[str]:
 
 
 def test_the_table_is_whole() -> None:
-    assert [rule.name for rule in RULES if rule.name not in TABLE.keys() | BY_THEMSELVES] == []
-    assert len({rule.name for rule in RULES}) == len(RULES) == len(TABLE) + len(BY_THEMSELVES)
+    known = TABLE.keys() | ALWAYS.keys() | BY_THEMSELVES
+    assert [rule.name for rule in RULES if rule.name not in known] == []
+    assert len({rule.name for rule in RULES}) == len(RULES) == len(known)
 
 
 @pytest.mark.parametrize("rule", TABLE)
 def test_it_fires_on_its_sample(rule: str) -> None:
     assert fired(step_of(**TABLE[rule].fires), rule)
+
+
+@pytest.mark.parametrize("rule", ALWAYS)
+def test_collectives_are_calls(rule: str) -> None:
+    assert fired(step_of(**ALWAYS[rule]), rule)
 
 
 @pytest.mark.parametrize("rule", TABLE)

@@ -16,12 +16,13 @@ SECONDS = 240.0
 class Ranks:
     """Processes that wait for functions to run; `store` is a file by which they find each other."""
 
-    def __init__(self, store: Path, world: int = WORLD) -> None:
+    def __init__(self, store: Path, world: int = WORLD, backend: str = "gloo") -> None:
         context = multiprocessing.get_context("spawn")
         self._pipes, self._processes = [], []
         for rank in range(world):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, store, rank, world), daemon=True)
+            given = (theirs, store, rank, world, backend)
+            process = context.Process(target=_serve, args=given, daemon=True)
             process.start()
             self._pipes.append(mine)
             self._processes.append(process)
@@ -46,14 +47,16 @@ class Ranks:
             process.join()
 
 
-def _serve(pipe: Connection, store: Path, rank: int, world: int) -> None:
+def _serve(pipe: Connection, store: Path, rank: int, world: int, backend: str) -> None:
     import torch
     from torch import distributed as dist
 
     torch.set_num_threads(1)
     os.nice(1)
+    if backend == "hccl":
+        import torch_npu  # noqa: F401
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,

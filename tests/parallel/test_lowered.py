@@ -1,6 +1,7 @@
 """Compiled steps of a rank: what the functions make, and a collective for each block."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,13 +10,12 @@ from torch import Tensor
 
 import qnext as qn
 from qnext.functional.ops import PRIMITIVES
+from qnext.lowering.calls import CALLS
 from qnext.lowering.stages import Lowered
 from tests.parallel.models import Mixed, joined, whole_params
 from tests.parallel.ranks import Ranks
-from tests.samples import relative_rms
+from tests.samples import FUSED, relative_rms
 from tests.sequences import used, words
-
-COLLECTIVES = {name for name, primitive in PRIMITIVES.items() if primitive.collective}
 
 
 def lowered(params: qn.Params, state: qn.State, target: str, seq: int) -> Lowered:
@@ -26,8 +26,9 @@ def lowered(params: qn.Params, state: qn.State, target: str, seq: int) -> Lowere
 def collectives(step: Lowered) -> dict[str, Counter[str]]:
     """Of each part of the model the collectives that its sites are."""
     found: dict[str, Counter[str]] = {}
+    known = PRIMITIVES | CALLS
     for site in step.cost_analysis()["by_site"]:
-        if site["site"] in COLLECTIVES:
+        if site["site"] in known and known[site["site"]].collective:
             found.setdefault(site["part"], Counter())[site["site"]] += 1
     return found
 
@@ -80,7 +81,9 @@ def test_one_collective_a_block(int8: bool, target: str, seq: int) -> None:
     whole = whole_params(mixed)
     layers = {f".layers[{i}]": Counter({"all_gather": 1, "all_reduce": 1}) for i in range(4)}
     layers[".layers[1]"] = Counter({"all_gather": 2})  # a dense layer gathers its inner vector
-    travel = {f".layers[{i}]": Counter({"dispatch": 1, "combine": 1}) for i in (0, 2, 3)}
+    npu = target.startswith("npu")  # fewer ranks than the fused calls want, see the next test
+    there = {"all_gather": 1, "reduce_scatter": 1} if npu else {"dispatch": 1, "combine": 1}
+    travel = {f".layers[{i}]": Counter(there) for i in (0, 2, 3)}
     both = {part: Counter(all_gather=1) + travel.get(part, Counter()) for part in layers}
     both[".layers[1]"] = Counter(all_gather=2)
     head = {".head[0]": Counter({"all_gather": 1})}
@@ -94,3 +97,25 @@ def test_one_collective_a_block(int8: bool, target: str, seq: int) -> None:
         part = qn.shard(whole, mesh)
         step = lowered(part, used(part, draft=seq), target, seq)
         assert collectives(step) == want
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("target", "dp"), [("npu:a3", 2), ("npu:910b", 16)])
+def test_fused_calls_take_the_place_of_collectives(target: str, dp: int, int8: bool) -> None:
+    """Two a block, and nothing on its reference; of a long prompt a run of tokens each."""
+    sizes = {"hidden_size": 1024, "num_experts": 96, "vocab_size": 212, "num_attention_heads": 8}
+    sizes |= {"num_key_value_heads": 2, "linear_num_key_heads": 4, "linear_num_value_heads": 8}
+    config = qn.Config.from_hf(FUSED | sizes)
+    config = config.with_precision(compute=torch.bfloat16, state=torch.bfloat16)
+    config = replace(config, mesh=qn.Mesh(tp=2, dp=dp, rank=1))
+    for function, seq, runs in ((qn.decode, None, 1), (qn.verify, 3, 1), (qn.prefill, 600, 0)):
+        params, *rest = qn.specs(config, 3, 640, seq=seq, draft=3)
+        params = qn.quantize(params) if int8 else params
+        step = qn.jit(function, donate="state").trace(params, *rest).lower(target)
+        runs = runs or -(-3 * 600 // (512 if target == "npu:a3" else 256))
+        found = {part: dict(counts) for part, counts in collectives(step).items()}
+        block = {"all_gather": 1, "npu_dispatch_quant" if int8 else "npu_dispatch": runs}
+        assert found.pop(".head[0]") == {"all_gather": 1}
+        assert found == {f".layers[{i}]": block | {"npu_combine": runs} for i in range(4)}
+        left = {v.site for v in step.verdicts.values() if v.rule is None} & PRIMITIVES.keys()
+        assert not left

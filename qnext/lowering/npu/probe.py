@@ -8,7 +8,7 @@ import importlib.metadata
 import re
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import normalize
@@ -27,6 +27,8 @@ CALLS = (
     "npu_chunk_gated_delta_rule",
     "npu_fused_infer_attention_score_v2",
     "npu_grouped_matmul",
+    "npu_moe_distribute_combine_v2",
+    "npu_moe_distribute_dispatch_v2",
     "npu_moe_finalize_routing",
     "npu_moe_gating_top_k_softmax_v2",
     "npu_moe_init_routing_v2",
@@ -149,7 +151,7 @@ def device_facts() -> Findings:
     missing = tuple(name for name in CALLS if require_call(name))
     found = f"absent: {', '.join(missing)}" if missing else f"all {len(CALLS)} are there"
     rows += [row, Row("calls", not missing, found)]
-    decided = {row.fact: row.holds for row in rows if row.fact in probes}
+    decided: dict[str, Any] = {row.fact: row.holds for row in rows if row.fact in probes}
     return Findings(facts._replace(**decided, custom_conv=conv, missing=missing), tuple(rows))
 
 

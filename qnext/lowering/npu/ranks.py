@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn.functional import linear
 
-from qnext.functional import ops
 from qnext.lowering.graph import site_name, value
 from qnext.lowering.npu import calls
+from qnext.lowering.npu.collective import all_reduce
 from qnext.lowering.npu.patterns import (
     argument,
     narrowest,
@@ -158,7 +158,7 @@ def mixture_held(
     if first == 0:
         gate_up = torch.cat([gate_up, shared_gate_up[None]])
         down = torch.cat([down, shared_down[None]])
-    return ops.all_reduce(x=_sum(x, *choices, gate_up, down), group=group, size=size)
+    return all_reduce(x=_sum(x, *choices, gate_up, down), group=group, size=size)
 
 
 def chosen(

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from qnext.lowering.npu import (
     bias,
+    collective,
     composed,
     composed_delta,
     custom,
+    dispatch,
     emit,
     patterns,
     plain,
@@ -166,6 +168,13 @@ def _experts_held(
     return reason or _narrow("x", x) or _narrow("logits", logits)
 
 
+def _experts_sent(
+    target: Target, *, x: Tensor, router: Tensor, gate_up: Tensor, topk: int, **_: object
+) -> str | None:
+    reason = _routing(target, gate_up.shape[0] + 1, topk) or _narrow("x", x)
+    return reason or _narrow("router", router) or _narrow("gate_up", gate_up)
+
+
 def _mixture_apart(
     target: Target, *, x: Tensor, gate_up: Tensor, topk: int, **_: object
 ) -> str | None:
@@ -253,6 +262,27 @@ RULES = (
         _experts_held,
         ranks.held_experts,
     ),
+    *(
+        Rule(
+            f"experts_{kind}",
+            "linear",
+            dispatch.sender(kind, int8=False),
+            "npu_moe_distribute_dispatch_v2, npu_grouped_matmul, npu_moe_distribute_combine_v2",
+            dispatch.guard_of(kind, _experts_sent),
+            dispatch.sent_experts,
+        )
+        for kind in dispatch.TOKENS
+    ),
+    Rule(
+        "experts_gathered",
+        "linear",
+        dispatch.gatherer(int8=False),
+        "HcclAllGather, npu_moe_init_routing_v2, npu_grouped_matmul, HcclReduceScatter",
+        _experts_sent,
+        dispatch.gathered_experts,
+    ),
+    Rule("reduced", "all_reduce", collective.reduced, "HcclAllReduce"),
+    Rule("gathered", "all_gather", collective.gathered, "HcclAllGather"),
     Rule("joined", "linear", emit.join, "matmul", _x, patterns.joined_linears),
     Rule("add_norm", "rms_norm", emit.add_norm, "npu_add_rms_norm", _add_norm, patterns.added_norm),
     Rule("norm", "rms_norm", emit.norm, "npu_rms_norm", _x),

@@ -99,11 +99,18 @@ CAPABILITIES = {
     "state_float32": False,
     # rather an incapability: the chunked delta rule divides exponentials, as its first kernel did
     "chunk_divides": False,
+    # fewer ranks than an A2 wants dispatch to each other, so that a test may
+    "few_relays": False,
 }
 
 
 def counters() -> Counters:
     return Counters(*(ctypes.c_uint64 * len(Counters._fields)).in_dll(_runtime, "softnpu_counters"))
+
+
+def option(name: str) -> str:
+    """What the device was built as: `soc`, `cann`."""
+    return str(_runtime.softnpu_option(name.encode()).decode())
 
 
 def need(holds: Any, rule: str, value: Any = "") -> None:
@@ -152,7 +159,7 @@ def _tensor(handle: int | None) -> torch.Tensor | None:
     shape, strides = it.shape[: it.rank], it.strides[: it.rank]
     if it.format == NZ and it.data:
         return _from_blocks(it.data, DTYPES[it.dtype], shape, strides)
-    return _over(it.data, DTYPES[it.dtype], shape, strides, it.offset)
+    return over(it.data, DTYPES[it.dtype], shape, strides, it.offset)
 
 
 def _from_blocks(
@@ -164,7 +171,7 @@ def _from_blocks(
     width = BLOCK_BYTES // dtype.itemsize
     blocks = (-(-columns // width), -(-rows // ROWS), ROWS, width)
     size = math.prod(matrices) * math.prod(blocks)
-    stored = _over(data, dtype, [size], [1], 0).view(-1, *blocks)
+    stored = over(data, dtype, [size], [1], 0).view(-1, *blocks)
     plain = stored.permute(0, 2, 3, 1, 4).flatten(1, 2).flatten(2, 3)[:, :rows, :columns]
     plain = plain.reshape(*matrices, rows, columns).contiguous()
     plain = plain.mT if turned else plain
@@ -172,7 +179,7 @@ def _from_blocks(
     return plain
 
 
-def _over(
+def over(
     data: int | None, dtype: torch.dtype, shape: list[int], strides: list[int], offset: int
 ) -> torch.Tensor:
     if 0 in shape or not data:
@@ -186,7 +193,7 @@ def alias(tensor: torch.Tensor) -> torch.Tensor:
     """A CPU tensor over the device memory of an NPU tensor, which it does not keep alive."""
     shape, strides = list(tensor.shape), list(tensor.stride())
     data = tensor.untyped_storage().data_ptr()
-    return _over(data, tensor.dtype, shape, strides, int(tensor.storage_offset()))
+    return over(data, tensor.dtype, shape, strides, int(tensor.storage_offset()))
 
 
 def _scalar(handle: int | None) -> Any:

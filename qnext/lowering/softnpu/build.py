@@ -1,7 +1,7 @@
 """Build the software CANN for the installed torch_npu wheel: `python -m ... .build OUT`.
 
 The wheel needs a set of C functions that CANN has. Those that matter are written in `runtime.cpp`,
-`formats.cpp` and `opapi.c`; what remains answers 0. Needs g++, gcc and nm on x86-64.
+`formats.cpp`, `opapi.c` and `hccl.c`; what remains answers 0. Needs g++, gcc and nm on x86-64.
 """
 
 import ctypes
@@ -16,12 +16,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("runtime.cpp", "formats.cpp", "opapi.c", "build.py")
+SOURCES = ("runtime.cpp", "formats.cpp", "opapi.c", "hccl.c", "build.py")
 # short name -> what the chip calls itself
 SOCS = {"910B3": "Ascend910B3", "9391": "Ascend910_9391"}
 OPTIONS = {"soc": "Ascend910B3", "cann": "8.5.0"}
 # libraries that the wheel is linked to and that hold nothing here
-EMPTY = ("hccl", "ge_runner", "graph", "acl_tdt_channel")
+EMPTY = ("ge_runner", "graph", "acl_tdt_channel")
 COMPILER = """
 #include <stdint.h>
 #include <string.h>
@@ -94,6 +94,7 @@ def build(out: Path, options: dict[str, str] | None = None) -> None:
         _library(out, name, "")
     _library(out, "acl_op_compiler", COMPILER)
     _library(out, "nnopbase", NNOPBASE)
+    _library(out, "hccl", (HERE / "hccl.c").read_text())
     _runtime(out)
     _opapi(out)
     mark.write_text(stamp)
@@ -174,7 +175,7 @@ def _runtime(out: Path) -> None:
         _run("g++", *flags, "-c", "-o", objects[-1], source)
         known |= set(re.findall(r"^API .*?[\s*](\w+)\(", source.read_text(), re.M))
         known |= set(re.findall(r"NOTHING\((\w+)\)", source.read_text()))
-    ours = [out / f"lib{name}.so" for name in (*EMPTY, "acl_op_compiler", "nnopbase")]
+    ours = [out / f"lib{name}.so" for name in (*EMPTY, "acl_op_compiler", "nnopbase", "hccl")]
     known |= set(re.findall(r"^API .*?[\s*](acl\w+)\(", (HERE / "opapi.c").read_text(), re.M))
     rest = [name for name in _missing(ours) if name not in known]
     stubs = out / "stubs.c"

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from qnext.functional import ops
 from qnext.lowering.npu import calls, ranks
+from qnext.lowering.npu.collective import all_reduce
 from qnext.lowering.npu.w8a8 import calls as int8
 
 
@@ -37,7 +37,7 @@ def products(
     parts = [part for name, part in weights.items() if name.startswith("weight")]
     scale = torch.cat([part for name, part in weights.items() if name.startswith("scale")])
     together = int8.npu_quant_matmul(
-        x=x.flatten(0, -2), x_scale=x_scale.flatten(), weight=_nz(torch.cat(parts)), scale=scale
+        x=x.flatten(0, -2), x_scale=x_scale.flatten(), weight=nz(torch.cat(parts)), scale=scale
     )
     rows = together.view(*x.shape[:-1], scale.shape[0])
     return rows.split([part.shape[0] for part in parts], dim=-1)
@@ -50,7 +50,7 @@ def gated_product(
     rows = x.flatten(0, -2)
     count = torch.full((1,), rows.shape[0], dtype=torch.int64, device=x.device)
     q, q_scale = int8.npu_grouped_matmul_swiglu_quant(
-        x=rows, x_scale=x_scale.flatten(), weight=_nz(weight[None]), scale=scale[None], counts=count
+        x=rows, x_scale=x_scale.flatten(), weight=nz(weight[None]), scale=scale[None], counts=count
     )
     return q.view(*x.shape[:-1], q.shape[-1]), q_scale.view(x_scale.shape)
 
@@ -60,7 +60,7 @@ def gated_product_wide(
 ) -> tuple[Tensor, Tensor]:
     """Two launches for what is too wide for that call; the product rounds in between."""
     up = int8.npu_quant_matmul(
-        x=x.flatten(0, -2), x_scale=x_scale.flatten(), weight=_nz(weight), scale=scale
+        x=x.flatten(0, -2), x_scale=x_scale.flatten(), weight=nz(weight), scale=scale
     )
     q, q_scale = int8.npu_dequant_swiglu_quant(x=up)
     return q.view(*x.shape[:-1], q.shape[-1]), q_scale.view(x_scale.shape)
@@ -128,19 +128,19 @@ def _experts(
         x=x, expert=expert, experts=gate_up.shape[0]
     )
     inner, inner_scale = int8.npu_grouped_matmul_swiglu_quant(
-        x=rows, x_scale=scale, weight=_nz(gate_up), scale=gate_up_scale, counts=counts
+        x=rows, x_scale=scale, weight=nz(gate_up), scale=gate_up_scale, counts=counts
     )
     outer = int8.npu_grouped_matmul_quant(
         x=inner,
         x_scale=inner_scale,
-        weight=_nz(down),
+        weight=nz(down),
         scale=down_scale.to(x.dtype),
         counts=counts,
     )
     return calls.npu_finalize_routing(rows=outer, weight=weight, where=where)
 
 
-def _nz(weight: Tensor) -> Tensor:
+def nz(weight: Tensor) -> Tensor:
     """A weight [..., n, k] as the calls read it: [..., k, n] in the cube unit's order."""
     return int8.npu_format_cast(weight=weight.mT.contiguous())
 
@@ -191,7 +191,7 @@ def mixture_held(
         down = torch.cat([down, shared_down[None]])
         down_scale = torch.cat([down_scale, shared_down_scale[None]])
     part = _held(x, weight, groups, gate_up, gate_up_scale, down, down_scale)
-    return ops.all_reduce(x=part, group=group, size=size)
+    return all_reduce(x=part, group=group, size=size)
 
 
 def _held(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qnext.lowering.npu import ranks
+from qnext.lowering.npu import dispatch, ranks
 from qnext.lowering.npu.guards import other_width
 from qnext.lowering.npu.w8a8 import emit, patterns
 from qnext.lowering.rules import Rule
@@ -98,6 +98,15 @@ def _experts_held(
     return reason or _narrow("logits", logits.dtype)
 
 
+def _experts_sent(
+    target: Target, *, x: Tensor, router: Tensor, gate_up: Tensor, topk: int, **given: object
+) -> str | None:
+    if "gate_up_scale" not in given:
+        return "experts are no int8"
+    reason = _chosen(target, x, gate_up, gate_up.shape[0] + 1, topk)
+    return reason or _narrow("router", router.dtype)
+
+
 GROUPED = "npu_grouped_matmul_swiglu_quant_v2"
 RULES = (
     Rule(
@@ -131,6 +140,25 @@ RULES = (
         f"npu_moe_init_routing_v2, {GROUPED}, npu_grouped_matmul",
         _experts_held,
         ranks.held_experts,
+    ),
+    *(
+        Rule(
+            f"int8_experts_{kind}",
+            "linear",
+            dispatch.sender(kind, int8=True),
+            f"npu_moe_distribute_dispatch_v2, {GROUPED}, npu_moe_distribute_combine_v2",
+            dispatch.guard_of(kind, _experts_sent),
+            dispatch.sent_experts,
+        )
+        for kind in dispatch.TOKENS
+    ),
+    Rule(
+        "int8_experts_gathered",
+        "linear",
+        dispatch.gatherer(int8=True),
+        f"HcclAllGather, npu_moe_init_routing_v2, {GROUPED}, HcclReduceScatter",
+        _experts_sent,
+        dispatch.gathered_experts,
     ),
     Rule(
         "add_norm_tokens",

@@ -3,7 +3,7 @@
 from importlib import import_module
 
 FAMILIES = (
-    *("attention", "delta_rule", "elementwise", "fusion", "index", "matmul"),
+    *("attention", "delta_rule", "dispatch", "elementwise", "fusion", "index", "matmul"),
     *("moe", "norm", "quant", "rotary", "sampling"),
 )
 for _family in FAMILIES:
