@@ -55,6 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "qnext.bench": {"numpy", "tqdm", "qnext.bench", "qnext.embedded", "qnext.errors"},
     "qnext.bench.steps": {"torch", "tqdm", "qnext"},
     "qnext.server": {"torch", "tqdm", "qnext"},
+    "qnext.planner": {"torch", "tqdm", "qnext"},
     "qnext.doctor": {"torch", "qnext.errors", "qnext.lowering"},
     "qnext.arguments": {"torch", "qnext"},
     "qnext.cli": {"qnext"},
