@@ -18,7 +18,8 @@ from typing import NamedTuple
 from qnext.errors import InputError
 
 TP, DP, EP = "tp", "dp", "ep"
-CONTROL = "control"  # the group of all ranks of a mesh, on CPUs
+# groups on CPUs: of a group's ranks, of the first ranks of all groups, of all ranks of a mesh
+CONTROL, LEADERS, ALL = "control", "leaders", "all"
 TABLE: Mapping[str, str] = {
     "heads": TP,  # of attention
     "delta_heads": TP,

@@ -9,12 +9,12 @@ from qnext.functional.sampling import Bias, Counts, Drawing, Sampling, drawing
 from qnext.functional.speculate import judge, newest
 from qnext.functional.state import State
 from qnext.runtime.logprobs import told
+from qnext.runtime.rounds import ENDS
 from qnext.runtime.steps import Steps, halted
 from qnext.runtime.work import Drawn, Manner
 
 RESTS = Manner(Sampling(temperature=0.0))
 NEVER = float("-inf")
-ENDS = 4  # tokens that may end a row, or a multiple: a step is compiled for each number of them
 
 
 class Draws:

@@ -33,6 +33,7 @@ from qnext.runtime.request import (
     StepError,
     check,
 )
+from qnext.runtime.rounds import NOTHING, OVER, Form
 from qnext.runtime.sequence import Sequence, Sink, marks_of, why_uncached
 from qnext.runtime.stats import Stats
 from qnext.runtime.steps import Steps
@@ -41,6 +42,7 @@ from qnext.runtime.worker import Worker
 from qnext.text import Continuation, Tokenizer
 
 log = logging.getLogger("qnext")
+PAUSE = 0.005  # seconds between rounds while no group has work
 KEPT = ("eos", "stop", "length", "guide")  # ends after which somebody may go on
 
 
@@ -78,6 +80,8 @@ class Engine:
             )
         self.board = Board(options, self.stats, self.files.save if self.files is not None else None)
         self._arrivals = 0
+        self._lost = False
+        self.quiet = False  # no group had work when this one last asked
         self._flight: tuple[Course, Future[Done]] | None = None
         self._pool = ThreadPoolExecutor(1, "qnext-worker") if options.overlaps else None
 
@@ -174,6 +178,8 @@ class Engine:
         for sequence in course.expired:
             self._finish(sequence, "deadline")
         launched = None if course.work == Work() else (course, self._launch(course.work))
+        if launched is None and self._flight is None and self.attends:
+            self.attend()
         flight, self._flight = self._flight, launched
         if self._pool is None:  # it is done already
             flight, self._flight = launched, None
@@ -195,6 +201,8 @@ class Engine:
             self.board.cache.clear()
             self.run()
             self.files.close()
+        while self.attends and self.attend(over=True) != OVER:
+            time.sleep(PAUSE if self.quiet else 0)
         if self._pool:
             self._pool.shutdown()
         self.steps.close()
@@ -242,12 +250,25 @@ class Engine:
         for then, taken in zip(course.then, done.then, strict=True):
             then(taken)
 
+    @property
+    def attends(self) -> bool:
+        """Whether other groups call, also while this one has nothing to do."""
+        return self.steps.rounds is not None and not self._lost
+
+    def attend(self, over: bool = False) -> Form:
+        """Take part in a call of other groups; over: there will be no more of this one."""
+        rest = self.worker.attend
+        called = self._pool.submit(rest, over).result() if self._pool else rest(over)
+        self.quiet = called == NOTHING
+        return called
+
     def recover(self, error: Exception) -> None:
         """After `step` raised, which is our mistake: begin anew with those who wait."""
         self._begin_anew([], error)
 
     def lose(self, error: Exception) -> None:
         """Ranks are gone, and nothing can go on: every request ends with this error."""
+        self._lost = True
         for sequence in self.board.known():
             self._finish(sequence, "error", error=error)
         self.board.reset()

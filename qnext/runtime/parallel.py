@@ -2,9 +2,10 @@
 
 from datetime import timedelta
 from itertools import product
+from typing import Any
 
 from qnext.errors import InputError
-from qnext.functional.mesh import CONTROL, EP, TP, Mesh
+from qnext.functional.mesh import ALL, CONTROL, EP, LEADERS, TP, Mesh
 
 
 def join(
@@ -28,17 +29,22 @@ def join(
             f"torchrun --nproc-per-node {size}"
         )
     mine, groups = number // size, dict[str, str]()
-    for axis in (TP, EP):
-        every = {tuple(Mesh(tp, dp, ep, rank).peers(axis)) for rank in range(size)}
+    ours = [Mesh(tp, dp, ep, rank) for rank in range(size)]
+    heads = tuple(range(0, size, tp))
+    # what follows from a request may be long in coming
+    patience = {"backend": "gloo", "timeout": timedelta(days=3650)}
+    kinds: list[tuple[str, set[tuple[int, ...]], dict[str, Any]]] = [
+        *((axis, {tuple(mesh.peers(axis)) for mesh in ours}, {}) for axis in (TP, EP)),
+        (CONTROL, {tuple(mesh.peers(TP)) for mesh in ours}, patience),
+        (LEADERS, {heads}, patience),
+        (ALL, {tuple(range(size))}, patience),
+    ]
+    for name, every, how in kinds:
         # all ranks of the job make all groups together, also those that they are not in
         for mesh, peers in product(range(world // size), sorted(every)):
-            group = dist.new_group([mesh * size + rank for rank in peers])
-            if mesh == mine and number % size in peers and len(peers) > 1:
-                groups[axis] = group.group_name
-    for mesh in range(world // size):
-        # what follows from a request may be long in coming
-        ranks, patience = range(mesh * size, (mesh + 1) * size), timedelta(days=3650)
-        group = dist.new_group([*ranks], backend="gloo", timeout=patience)
-        if mesh == mine:
-            groups[CONTROL] = group.group_name
+            if len(peers) == 1:
+                continue
+            group = dist.new_group([mesh * size + rank for rank in peers], **how)
+            if mesh == mine and number % size in peers:
+                groups[name] = group.group_name
     return Mesh(tp, dp, ep, number % size, tuple(groups.items()), whole)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qnext.functional.config import Config
-from qnext.functional.mesh import CONTROL, TP, Mesh
+from qnext.functional.mesh import ALL, CONTROL, TP, Mesh
 from qnext.functional.params import Params
 from qnext.functional.shard import divided_dim, part_of
 from qnext.functional.state import State, init_state
@@ -27,6 +27,7 @@ from qnext.runtime.kept import Kept
 from qnext.runtime.moves import Moves
 from qnext.runtime.options import Options
 from qnext.runtime.request import RankError
+from qnext.runtime.rounds import Form, Rounds
 from qnext.runtime.steps import Steps
 from qnext.shapes import annotated_leaves
 
@@ -35,13 +36,16 @@ BEAT = 1.0  # seconds between signs of life
 
 
 class Channel:
-    """What the ranks of a mesh tell each other; `leads` is the first of them."""
+    """What the ranks of a group tell each other; `leads` is the first of them."""
 
     def __init__(self, mesh: Mesh) -> None:
         from torch import distributed as dist
 
-        self.mesh, self.leads, self._dist = mesh, mesh.rank == 0, dist
-        self._control, self._data = (process_group(mesh.group(axis)) for axis in (CONTROL, TP))
+        self.mesh, self.leads, self._dist = mesh, mesh.index(TP) == 0, dist
+        self.alone = mesh.tp == 1
+        if not self.alone:
+            self._control, self._data = (process_group(mesh.group(axis)) for axis in (CONTROL, TP))
+        self._all = process_group(mesh.group(ALL))
         self._store = default_store()
         self._first = dist.get_rank() - mesh.rank
         self._over = threading.Event()
@@ -49,6 +53,8 @@ class Channel:
 
     def tell(self, order: str, *arguments: Any) -> None:
         """An order of the first rank to all others."""
+        if self.alone:
+            return
         self._dist.broadcast_object_list([(order, arguments)], group=self._control, group_src=0)
 
     def told(self) -> tuple[str, tuple[Any, ...]]:
@@ -60,18 +66,23 @@ class Channel:
 
     def gather(self, part: Tensor) -> list[Tensor]:
         """Every rank's bytes [n], at the first; elsewhere nothing."""
+        if self.alone:
+            return [part]
         parts = [torch.empty_like(part) for _ in range(self.mesh.tp)] if self.leads else None
         self._dist.gather(part, parts, group=self._data, group_dst=0)
         return parts or []
 
     def scatter(self, into: Tensor, parts: list[Tensor] | None) -> None:
         """To every rank its bytes [n] of those that the first has."""
+        if self.alone and parts:
+            into.copy_(parts[0])
+            return
         self._dist.scatter(into, parts, group=self._data, group_src=0)
 
     def total(self, numbers: Tensor) -> Tensor:
-        """The sum of every rank's numbers."""
+        """The sum of every rank's numbers, of all groups."""
         numbers = numbers.clone()
-        self._dist.all_reduce(numbers, group=self._data)
+        self._dist.all_reduce(numbers, group=self._all)
         return numbers
 
     def failed(self, error: Exception) -> None:
@@ -128,11 +139,20 @@ class SharedSteps(Steps):
         super().__init__(*arguments, **named)
         self.channel = channel
         self.moves = SharedMoves(channel, self.params.config)
+        if channel.mesh.dp > 1:
+            self.rounds = Rounds(channel.mesh)
 
     def __call__(self, name: str, state: State, *rest: Any) -> Any:
         with blamed(self.channel):
-            self.channel.tell("call", name, _tables(state), rest)
             return super().__call__(name, state, *rest)
+
+    def run(self, name: str, state: State, *rest: Any) -> Any:
+        self.channel.tell("call", name, _tables(state), rest)
+        return super().run(name, state, *rest)
+
+    def attend(self, state: State, over: bool = False) -> tuple[Form, State]:
+        with blamed(self.channel):
+            return super().attend(state, over)
 
     def warm(self, calls: Sequence[tuple[Any, ...]], progress: bool = False) -> None:
         with blamed(self.channel):
@@ -174,7 +194,9 @@ class SharedMoves(Moves):
 
     def put(self, state: State, row: int, pages: Sequence[int], kept: Kept | None) -> None:
         with blamed(self.channel):
-            specs = None if kept is None else map_leaves(_spec, self._cut(kept, 0))
+            specs = (
+                None if kept is None else map_leaves(_spec, self._cut(kept, self.config.mesh.rank))
+            )
             self.channel.tell("put", _tables(state), row, list(pages), specs)
             local.put(state, row, pages, None if kept is None else self._sent(kept))
 
@@ -202,7 +224,7 @@ class SharedMoves(Moves):
 
     def _sent(self, kept: Kept) -> Kept:
         """This rank's part of a value, once every other has its own."""
-        parts = [self._cut(kept, rank) for rank in range(self.config.mesh.tp)]
+        parts = [self._cut(kept, rank) for rank in self.config.mesh.peers(TP)]
         into = torch.empty_like(packed(parts[0]))
         self.channel.scatter(into, [packed(part) for part in parts])
         return unpacked(into, parts[0])
@@ -303,7 +325,7 @@ def whole_specs(tree: T, config: Config) -> T:
 
 def joined(parts: Sequence[Kept], config: Config) -> Kept:
     """The value that ranks have these parts of, in their order."""
-    meshes = [replace(config.mesh, rank=rank) for rank in range(len(parts))]
+    meshes = [replace(config.mesh, rank=rank) for rank in config.mesh.peers(TP)]
     sizes = replace(config, mesh=Mesh()).axes
     made = []
     hints = [hint.axes for _, _, hint in annotated_leaves(parts[0], "")]

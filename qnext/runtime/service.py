@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from qnext.errors import QnextError
-from qnext.runtime.engine import Engine
+from qnext.runtime.engine import PAUSE, Engine
 from qnext.runtime.outbox import Deliver, Outbox
 from qnext.runtime.request import FullError, Output, RankError, RefusedError, Request, joined
 from qnext.runtime.sequence import Sequence as Served
@@ -139,6 +139,9 @@ class Service:
         while True:
             with self._news:
                 while not (self._inbox or self.engine.busy or self._state == "closed"):
+                    if self.engine.attends:  # to what other groups do
+                        self._news.wait(PAUSE if self.engine.quiet else 0)
+                        break
                     self._news.wait()
                 orders = [self._inbox.popleft() for _ in range(len(self._inbox))]
                 if self._state == "closed" and not orders:

@@ -21,6 +21,7 @@ from qnext.lowering.stages import jit
 from qnext.lowering.target import Target
 from qnext.runtime.buckets import Compiler
 from qnext.runtime.moves import Moves
+from qnext.runtime.rounds import Form, Rounds
 from qnext.shapes import Shaped
 
 
@@ -150,6 +151,7 @@ class Steps:
         lone: Sequence[int] = (),
     ) -> None:
         self.moves = Moves()
+        self.rounds: Rounds | None = None  # with groups that have requests of their own
         self._compiler = Compiler(target, strict)
         kind = self._compiler.target.kind
         self.params = place(params, kind) if kind == "npu" else params
@@ -173,7 +175,18 @@ class Steps:
 
     def __call__(self, name: str, state: State, *rest: Any) -> Any:
         """The step's results for exactly these shapes; the state is used up."""
+        if self.rounds is not None:
+            return self.rounds.call(self.run, name, state, rest)
+        return self.run(name, state, *rest)
+
+    def run(self, name: str, state: State, *rest: Any) -> Any:
+        """The call itself, which other groups make as well."""
         return self._step(name, state, rest)(self.params, state, *rest)
+
+    def attend(self, state: State, over: bool = False) -> tuple[Form, State]:
+        """Without work, take part in what other groups do: (what was called, the state)."""
+        assert self.rounds is not None
+        return self.rounds.attend(self.run, state, over)
 
     def close(self) -> None:
         """No more calls will come."""

@@ -12,10 +12,11 @@ from qnext.functional.params import Params
 from qnext.functional.sampling import Sampling, knobs
 from qnext.functional.state import State, init_state, narrow, pages_of, view, widen
 from qnext.functional.tree import map_leaves
-from qnext.runtime.draws import ENDS, Draws
+from qnext.runtime.draws import Draws
 from qnext.runtime.kept import Kept
 from qnext.runtime.logprobs import told
 from qnext.runtime.request import RankError
+from qnext.runtime.rounds import ENDS, Form
 from qnext.runtime.steps import Steps
 from qnext.runtime.work import Complete, Done, Piece, Put, Read, Take, Work
 
@@ -88,6 +89,13 @@ class Worker:
             if rows := tuple(row for row in work.decode if row not in done.failed):
                 self._try(done, rows, partial(self._decode, rows, done))
         return done
+
+    def attend(self, over: bool = False) -> Form:
+        """Without work, take part in what other groups do; what that was."""
+        with torch.no_grad():
+            self._blur()
+            called, self.state = self.steps.attend(self.state, over)
+        return called
 
     def _try(self, done: Done, rows: Sequence[int], call: Callable[[], None]) -> None:
         try:

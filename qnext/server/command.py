@@ -5,7 +5,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,6 +101,14 @@ def _add_ranks(verb: argparse.ArgumentParser) -> None:
         "--tp", type=int, default=1, metavar="N", help="ranks that share heads (default: 1)"
     )
     group.add_argument(
+        "--dp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="groups of such ranks, each with requests of its own; group g listens on --port + g, "
+        "for a router to choose (default: 1)",
+    )
+    group.add_argument(
         "--ep", type=int, default=0, metavar="N", help="ranks that share experts (default: all)"
     )
     group.add_argument(
@@ -188,18 +196,24 @@ def run_serve(args: argparse.Namespace) -> int:
         raise InputError("--role prefill: give the --port that decoders are to reach, not 0")
     given = vars(args)
     options = Options(**{f.name: given[f.name] for f in fields(Options) if f.name in given})
+    _log(args.quiet, args.log_json)
+    rank = rank_of(args)
+    if rank % args.tp:
+        return _follow(args, options)
+    group, port = rank // args.tp, args.port
+    if args.dp > 1:  # each group has its own
+        port = port + group if port else 0
+        files = options.cache_dir and options.cache_dir / f"group-{group}"
+        options = replace(options, cache_dir=files)
     listening = Listening(
         address=args.address,
-        port=args.port,
+        port=port,
         keys=_keys(args),
         origins=tuple(args.cors_origin),
         most_bytes=args.max_body,
         drain_seconds=args.drain,
         json_log=args.log_json,
     )
-    _log(args.quiet, args.log_json)
-    if rank_of(args):
-        return _follow(args, options)
     name = args.name or (args.model.resolve().name if args.model else "demo")
     return serve(Host(name, {"target": args.target}), _loader(args, options), listening)
 
@@ -213,7 +227,8 @@ def _loader(args: argparse.Namespace, options: Options) -> "Callable[[], Ready]"
         from qnext.server.guide import Grammars
         from qnext.server.host import Ready
 
-        mesh = join(args.tp, 1, args.ep, whole=tuple(args.whole)) if args.tp > 1 else None
+        axes = (args.tp, args.dp, args.ep)
+        mesh = join(*axes, whole=tuple(args.whole)) if args.tp * args.dp > 1 else None
         params, tokenizer = load_model(args, mapped=False, mesh=mesh)
         engine = Engine(params, tokenizer, options, _shared(params, options))
         if not args.no_warm:
@@ -230,21 +245,24 @@ def rank_of(args: argparse.Namespace) -> int:
     """This process's number among those of torchrun; 0 where there is one. Raises InputError."""
     from torch import distributed as dist
 
-    if args.tp < 1:
-        raise InputError(f"--tp must be an integer >= 1, got {args.tp}")
-    if args.tp == 1:
+    for axis in ("tp", "dp"):
+        if getattr(args, axis) < 1:
+            raise InputError(f"--{axis} must be an integer >= 1, got {getattr(args, axis)}")
+    ranks = args.tp * args.dp
+    if ranks == 1:
         return 0
     if not dist.is_torchelastic_launched():
+        asked = f"--tp {args.tp}" + (f" --dp {args.dp}" if args.dp > 1 else "")
         raise InputError(
-            f"--tp {args.tp} takes {args.tp} processes: torchrun --nproc-per-node {args.tp} "
-            f"-m qnext serve ... --tp {args.tp}"
+            f"{asked} takes {ranks} processes: torchrun --nproc-per-node {ranks} "
+            f"-m qnext serve ... {asked}"
         )
     dist.init_process_group("gloo")
     return dist.get_rank()
 
 
 def _follow(args: argparse.Namespace, options: Options) -> int:
-    """What all ranks but the first do."""
+    """What all ranks of a group but the first do."""
     from qnext.runtime.parallel import join
     from qnext.runtime.ranks import Channel, follow
     from qnext.runtime.request import RankError
@@ -252,7 +270,7 @@ def _follow(args: argparse.Namespace, options: Options) -> int:
     # a signal for all of them is for the first to act on
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
-    mesh = join(args.tp, 1, args.ep, whole=tuple(args.whole))
+    mesh = join(args.tp, args.dp, args.ep, whole=tuple(args.whole))
     channel = Channel(mesh)
     try:
         params, _ = load_model(args, mapped=False, mesh=mesh)

@@ -23,17 +23,17 @@ from tests.runtime.test_handed import Gathered, asked, of_two_tokens
 ODD = ("delta_heads", "vocab")  # of the engines' model, which two ranks cannot share
 
 
-def led(job: Any, draft: int = 0, **options: Any) -> Any:
-    """What a job makes of an engine of two ranks; None at the second, which follows."""
-    mesh = joined(2, 1, 0, ODD)
+def led(job: Any, draft: int = 0, tp: int = 2, dp: int = 1, **options: Any) -> Any:
+    """What a job makes of a group's engine; None at ranks that follow. job: is told the group."""
+    mesh = joined(tp, dp, 0, ODD)
     channel, part = Channel(mesh), qn.shard(params(), mesh)
     made = replace(OPTIONS, draft=draft, **options)
-    if mesh.rank:
+    if mesh.index("tp"):
         follow(channel, part, made)
         return None
     served = Engine(part, None, made, SharedSteps(channel, part, "cpu", **made.buckets))
     try:
-        return job(served)
+        return job(served) if dp == 1 else job(served, mesh.index("dp"))
     finally:
         served.close()
 
@@ -61,6 +61,35 @@ def test_answers_are_those_of_one(ranks: Ranks, draft: int, overlap: bool) -> No
     assert none is nobody is None
     for found, clean, preempted, hits in (first, second):
         assert found == want and clean and preempted and hits
+
+
+COUNTS = (10, 0, 4, 1)  # requests of each group
+
+
+def answers_of_groups(draft: int, overlap: bool, tp: int, dp: int) -> Any:
+    def job(served: Engine, group: int) -> Any:
+        found = texts(serve(served, mixture(group, COUNTS[group])))
+        return group, found, is_clean(served)
+
+    return led(job, draft, tp, dp, overlap=overlap)
+
+
+GROUPS = [(0, False, 1, 4), (1, True, 2, 2), (1, False, 1, 2)]
+SOON = (0, False, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("draft", "overlap", "tp", "dp"),
+    [case if case == SOON else pytest.param(*case, marks=pytest.mark.slow) for case in GROUPS],
+)
+def test_groups_with_requests_of_their_own(
+    ranks: Ranks, draft: int, overlap: bool, tp: int, dp: int
+) -> None:
+    """Each answers as an engine alone; one has no requests, and the rest go on."""
+    told = [each for each in ranks.run(answers_of_groups, draft, overlap, tp, dp) if each]
+    assert len(told) == 4 // tp
+    for group, found, clean in told:
+        assert clean and found == texts(serve(engine(draft), mixture(group, COUNTS[group])))
 
 
 def read(draft: int) -> Any:

@@ -2,11 +2,14 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -24,11 +27,11 @@ SECONDS = 180.0
 
 
 @contextmanager
-def ranks(*options: str) -> Iterator[Server]:
-    """A server of two ranks that is ready."""
-    port, rendezvous = free_port(), free_port()
+def ranks(*options: str, shared: tuple[str, ...] = RANKS, servers: int = 1) -> Iterator[Server]:
+    """A server of two ranks that is ready; of several, at ports in a row, the first."""
+    port, rendezvous = free_ports(servers), free_port()
     launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    served = ["-m", "qnext", "serve", "--port", str(port), "--no-warm", *RANKS, *options]
+    served = ["-m", "qnext", "serve", "--port", str(port), "--no-warm", *shared, *options]
     started = subprocess.Popen(
         [*launched, "--master-port", str(rendezvous), *served],
         stdout=subprocess.PIPE,
@@ -38,7 +41,7 @@ def ranks(*options: str) -> Iterator[Server]:
     url = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + SECONDS
-        while not is_ready(url):
+        while not all(is_ready(f"http://127.0.0.1:{port + n}") for n in range(servers)):
             assert started.poll() is None and time.monotonic() < end, started.communicate()
             time.sleep(0.1)
         yield Server(started, url)
@@ -47,6 +50,16 @@ def ranks(*options: str) -> Iterator[Server]:
             with suppress(ProcessLookupError):
                 os.kill(each, signal.SIGKILL)
         started.communicate()
+
+
+def free_ports(count: int) -> int:
+    """The first of so many ports in a row that nobody listens at."""
+    while True:
+        first = free_port()
+        with suppress(OSError), ExitStack() as held:
+            for number in range(first, first + count):
+                held.enter_context(socket.socket()).bind(("127.0.0.1", number))
+            return first
 
 
 def of(launcher: subprocess.Popen[str]) -> list[int]:
@@ -107,4 +120,30 @@ def test_a_rank_that_is_killed_ends_the_group_and_is_named() -> None:
         assert not any('"finish_reason":"length"' in line for line in rest)  # it is not complete
         told, _ = both.process.communicate(timeout=90)
     assert both.process.returncode
+    assert "rank      : 1" in told or "rank 1 is gone" in told
+
+
+GROUPS = ("--dp", "2")
+
+
+def test_groups_answer_at_ports_of_their_own() -> None:
+    """One of them alone, then both at once; each as a server without ranks does."""
+    with ranks("--draft", "1", shared=GROUPS, servers=2) as first, process(*SIZES) as (one, url):
+        second = replace(first, url=f"http://127.0.0.1:{int(first.url.rpartition(':')[2]) + 1}")
+        want = {seed: texts(asked(Server(one, url), seed=seed)) for seed in (5, 6)}
+        assert texts(asked(second, seed=6)) == want[6]  # the other group has nothing to do
+        with ThreadPoolExecutor(2) as pool:
+            both = [pool.submit(asked, *each) for each in ((first,), (second,))]
+            assert [texts(each.result()) for each in both] == [want[5]] * 2
+        first.process.send_signal(signal.SIGTERM)
+        told, _ = first.process.communicate(timeout=60)
+    assert told.count("draining") == 2 and " is gone" not in told and "failed" not in told
+
+
+def test_a_group_that_is_killed_ends_the_others() -> None:
+    with ranks(shared=GROUPS, servers=2) as first:
+        assert asked(first).status_code == 200
+        os.kill(of(first.process)[1], signal.SIGKILL)
+        told, _ = first.process.communicate(timeout=90)
+    assert first.process.returncode
     assert "rank      : 1" in told or "rank 1 is gone" in told
