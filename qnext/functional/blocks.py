@@ -28,6 +28,7 @@ from qnext.functional.params import (
 from qnext.functional.state import KV, Delta, LayerState, State
 from qnext.shapes import Shaped
 
+MANY = 512  # tokens of a group that its ranks share out: a collective more, and nothing twice
 L2_EPS = 1e-6  # of the delta rule's query and key norm; fixed by the model, not in its config
 
 
@@ -198,7 +199,19 @@ def feed_forward(
     """A dense SwiGLU network, or a mixture of them with a gated shared expert."""
     if isinstance(p, DenseParams):
         return swiglu_network(x, p.gate_up, p.down, config)
-    return mixture(p, x.flatten(0, 1), config).view_as(x)
+    return shared_mixture(p, x.flatten(0, 1), config).view_as(x)
+
+
+def shared_mixture(
+    p: Shaped[MoeParams], x: Float[Tensor, "tokens d"], config: Config
+) -> Float[Tensor, "tokens d"]:
+    """`mixture`; where tokens travel, and are many, each rank of a group sends its run of them."""
+    mesh, tokens = config.mesh, x.shape[0]
+    alone = mesh.tp == 1 or mesh.divides("experts") <= mesh.tp
+    if alone or tokens < MANY or tokens % mesh.tp:
+        return mixture(p, x, config)
+    made = mixture(p, x.chunk(mesh.tp)[mesh.index(TP)], config)
+    return ops.all_gather(x=made.flatten(), group=mesh.group(TP), size=mesh.tp).view_as(x)
 
 
 def mixture(

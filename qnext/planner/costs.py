@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch.fx import Node
 
+from qnext.functional.blocks import MANY
 from qnext.functional.config import Config
 from qnext.lowering.calls import call_of
 from qnext.lowering.cost import Cost, cost_of, works_on_int8
@@ -169,7 +170,8 @@ def _expected(node: Node, cost: Cost, config: Config, came: dict[int, int]) -> C
     further = weight.shape[0] - config.axes["own_experts"]  # the shared one, and nobody's
     chosen = topk + (further > (size > 1))
     tokens = x.shape[0] / chosen if sent is None else sent * size
-    tokens /= mesh.tp if size > mesh.tp else 1  # ranks of a group all send theirs
+    twice = size > mesh.tp and tokens * mesh.tp < MANY * size  # all ranks of a group send theirs
+    tokens /= mesh.tp if twice else 1
     read = fullest(tokens, topk, config.num_experts, size) + further
     one = weight[0].numel() * weight.itemsize
     counted = min(x.shape[0], weight.shape[0]) * one

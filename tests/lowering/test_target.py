@@ -58,10 +58,11 @@ def test_target_of_a_device(device: str, name: str | None) -> None:
 
 
 def test_facts_differ_by_chip_and_can_be_decided() -> None:
-    assert resolve("npu:910b").facts == resolve("npu:a3").facts == Facts()
+    assert resolve("npu:910b").facts == Facts(dispatch="relayed")
+    assert resolve("npu:a3").facts == Facts(dispatch="direct")
     assert resolve("npu:950").facts.state_float32
     target = resolve("npu:a3", custom_conv="sgl", attention_tnd_256=True)
-    assert target.facts == Facts(custom_conv="sgl", attention_tnd_256=True)
+    assert target.facts == Facts(dispatch="direct", custom_conv="sgl", attention_tnd_256=True)
     assert target.with_facts(custom_conv=None, attention_tnd_256=False) == resolve("npu:a3")
     assert resolve("npu:a3", missing=("npu_mrope",)).lacks("npu_mrope") == (
         "the installed torch_npu has no npu_mrope"

@@ -102,6 +102,17 @@ def on_ranks(mixed: Mixed) -> dict[str, tuple[Tensor, ...]]:
     return {name: (mine[name], *(other[name][index] for other in others)) for name in mine}
 
 
+def long_prompts(mixed: Mixed, seq: int) -> tuple[Tensor, Tensor]:
+    """Logits of two prompts in a rank's group, and of one process."""
+    params, tokens = whole_params(mixed), words(seq, seed=3)[:2]
+    made = []
+    with torch.no_grad():
+        for each in (qn.shard(params, joined(*mixed[:4])), params):
+            state = qn.init_state(each.config, 2, CAPACITY)
+            made.append(qn.forward(each, state, tokens)[0])
+    return made[0], made[1]
+
+
 def exact(params: qn.Params) -> qn.Params:
     """The same numbers, computed with in float32."""
     precise = {"compute": torch.float32, "logits": torch.float32}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.parallel.models import Mixed, on_ranks, texts
+from tests.parallel.models import Mixed, long_prompts, on_ranks, texts
 from tests.parallel.ranks import Ranks
 from tests.samples import relative_rms
 
@@ -49,6 +49,13 @@ def compared(ranks: Ranks, mixed: Mixed) -> list[tuple[str, tuple[Tensor, ...]]]
 def test_ranks_compute_what_one_does(ranks: Ranks, name: str) -> None:
     for what, (got, want) in compared(ranks, MESHES[name]):
         assert relative_rms(got, want) < FLOAT32, what
+
+
+@pytest.mark.parametrize("seq", [257, pytest.param(256, marks=pytest.mark.slow)])
+def test_long_prompts_are_shared_out(ranks: Ranks, seq: int) -> None:
+    """Of 512 tokens and more in a group each of its ranks sends its run."""
+    for got, want in ranks.run(long_prompts, MESHES["tp2 dp2"], seq):
+        assert relative_rms(got, want) < FLOAT32
 
 
 @pytest.mark.slow
