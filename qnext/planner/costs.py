@@ -101,9 +101,10 @@ def weight_of(part: str, times: list[int]) -> int:
     return times[int(inside.partition("]")[0])] if inside != part else 1
 
 
-def step_cost(lowered: Lowered, config: Config, times: list[int], machine: Machine) -> StepCost:
+def step_cost(lowered: Lowered, config: Config, times: list[int]) -> StepCost:
     """The cost of a whole config's step from that of `small`'s."""
-    graph = lowered.graph.graph
+    graph, chip = lowered.graph.graph, lowered.target.chip
+    assert chip is not None
     owner = scopes(graph)
     seconds: dict[str, float] = defaultdict(float)
     moves: Counter[Move] = Counter()
@@ -117,7 +118,7 @@ def step_cost(lowered: Lowered, config: Config, times: list[int], machine: Machi
             moves[move] += count
             continue
         flops, moved = flops + count * cost.flops, moved + count * cost.bytes
-        spent = cost.seconds(machine.chip, works_on_int8(node))
+        spent = cost.seconds(chip, works_on_int8(node))
         seconds[KINDS.get(site_name(node), REST)] += count * spent
     peak = lowered.memory_analysis()["temporaries"]
     return StepCost(dict(seconds), launches, flops, moved, moves, peak)

@@ -15,6 +15,7 @@ from qnext.functional.quantize import quantize
 from qnext.functional.state import KV, State, pages_of
 from qnext.functional.tree import leaves
 from qnext.lowering.npu.dispatch import RELAYED, TOKENS
+from qnext.lowering.target import Target
 from qnext.planner.assumed import Load, Machine
 from qnext.planner.costs import StepCost, small, step_cost
 
@@ -112,7 +113,7 @@ def plan(config: Config, int8: bool, mesh: Mesh, load: Load, machine: Machine) -
     """
     config = of_mesh(config, mesh)
     rows = -(-load.requests // mesh.dp)
-    step = _lowered(config, int8, rows, load, machine)
+    step = _decoded(_Shape(config, int8, rows, load.length, load.draft, machine.target))
     return Plan(
         mesh=mesh,
         rows=rows,
@@ -126,7 +127,7 @@ def with_prefill(plan: Plan, config: Config, int8: bool, load: Load, machine: Ma
     """The same plan with the time to the first token, which takes longer to reckon."""
     config = of_mesh(config, plan.mesh)
     seq = min(load.prompt, CHUNK)
-    cost = _prefilled(config, int8, seq, load, machine)
+    cost = _prefilled(_Shape(config, int8, 1, load.length, load.draft, machine.target), seq)
     time = timed(cost, machine, times=-(-load.prompt // seq))
     memory = _memory(config, int8, load, machine, cost.temporaries)
     return replace(plan, prefill=time, memory=memory)
@@ -162,23 +163,34 @@ def params_of(config: Config, int8: bool) -> Params:
     return quantize(params) if int8 else params
 
 
+class _Shape(NamedTuple):
+    """What a step is lowered for."""
+
+    config: Config  # a rank's
+    int8: bool
+    rows: int
+    length: int  # tokens there is room for
+    draft: int
+    target: Target
+
+
 @lru_cache(maxsize=256)
-def _lowered(config: Config, int8: bool, rows: int, load: Load, machine: Machine) -> StepCost:
+def _decoded(shape: _Shape) -> StepCost:
     """A decode step, or one of speculation."""
-    few, times = small(config)
-    _, state, tokens = qn.specs(few, rows, load.length, draft=load.draft)
-    step = qn.jit(qn.speculate if load.draft else qn.decode, donate="state")
-    given = (params_of(few, int8), state, tokens, *([load.draft] if load.draft else []))
-    return step_cost(step.trace(*given).lower(machine.target), few, times, machine)
+    few, times = small(shape.config)
+    _, state, tokens = qn.specs(few, shape.rows, shape.length, draft=shape.draft)
+    step = qn.jit(qn.speculate if shape.draft else qn.decode, donate="state")
+    given = (params_of(few, shape.int8), state, tokens, *([shape.draft] if shape.draft else []))
+    return step_cost(step.trace(*given).lower(shape.target), few, times)
 
 
 @lru_cache(maxsize=256)
-def _prefilled(config: Config, int8: bool, seq: int, load: Load, machine: Machine) -> StepCost:
+def _prefilled(shape: _Shape, seq: int) -> StepCost:
     """A step that consumes some of one prompt in each group."""
-    few, times = small(config)
-    _, state, tokens = qn.specs(few, 1, load.length, seq=seq, draft=load.draft)
-    traced = qn.jit(qn.prefill, donate="state").trace(params_of(few, int8), state, tokens)
-    return step_cost(traced.lower(machine.target), few, times, machine)
+    few, times = small(shape.config)
+    _, state, tokens = qn.specs(few, shape.rows, shape.length, seq=seq, draft=shape.draft)
+    traced = qn.jit(qn.prefill, donate="state").trace(params_of(few, shape.int8), state, tokens)
+    return step_cost(traced.lower(shape.target), few, times)
 
 
 def _memory(config: Config, int8: bool, load: Load, machine: Machine, workspace: int) -> Memory:

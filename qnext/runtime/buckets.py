@@ -75,7 +75,7 @@ class Buckets:
         self._steps: dict[tuple[int, Shape], Any] = {}
         self._compiler = Compiler(target, strict, host_lengths)
         for batch, rest in tqdm(plan, desc="buckets", unit="graph", disable=not progress):
-            arguments = (params, _rows(state, batch), *_resized(rest, batch))
+            arguments = (params, _rows(state, batch), *resized(rest, batch))
             self._steps[batch, _form(rest)] = self._compiler(wrapped, arguments)
 
     @property
@@ -91,8 +91,8 @@ class Buckets:
             each = _form(rest)[0].numel()  # tokens a row: on scratch too, a query sees its own
             host = {name: [*values, *[each] * (batch - rows)] for name, values in host.items()}
         more = {} if host is None else {"host": host}
-        results = step(self.params, widen(state, batch), *_resized(rest, batch), **more)
-        return _cut(results, rows)
+        results = step(self.params, widen(state, batch), *resized(rest, batch), **more)
+        return cut(results, rows)
 
     def _step(self, rows: int, rest: Sequence[Any]) -> tuple[Any, int]:
         form = _form(rest)
@@ -116,7 +116,7 @@ def _rows(state: State, batch: int) -> State:
     return narrow(state, batch) if state.batch > batch else widen(state, batch)
 
 
-def _resized(rest: Sequence[Any], batch: int) -> list[Any]:
+def resized(rest: Sequence[Any], batch: int) -> list[Any]:
     """Arguments with rows of zeros added, or rows left out, for `batch` rows."""
 
     def fit(leaf: Any) -> Any:
@@ -138,10 +138,10 @@ def _elements(rest: Sequence[Any]) -> int:
     return sum(shape.numel() for shape in _form(rest))
 
 
-def _cut(results: Tree, rows: int) -> Tree:
+def cut(results: Tree, rows: int) -> Tree:
     """The first rows of every result."""
     if isinstance(results, State):
         return narrow(results, rows)  # type: ignore[return-value]
     if isinstance(results, tuple) and not hasattr(results, "_fields"):
-        return tuple(_cut(part, rows) for part in results)  # type: ignore[return-value]
+        return tuple(cut(part, rows) for part in results)  # type: ignore[return-value]
     return map_leaves(lambda leaf: leaf[:rows], results)

@@ -20,7 +20,14 @@ from qnext.functional.mesh import ALL, CONTROL, TP, Mesh
 from qnext.functional.params import Params
 from qnext.functional.shard import divided_dim, part_of
 from qnext.functional.state import State, init_state
-from qnext.functional.tree import default_store, leaves, map_leaves, process_group, rebuild
+from qnext.functional.tree import (
+    default_store,
+    leaves,
+    map_leaves,
+    place,
+    process_group,
+    rebuild,
+)
 from qnext.runtime import kept as local
 from qnext.runtime.digest import weights_digest
 from qnext.runtime.kept import Kept
@@ -55,6 +62,7 @@ class Channel:
         """An order of the first rank to all others."""
         if self.alone:
             return
+        arguments = place(arguments, "cpu")
         self._dist.broadcast_object_list([(order, arguments)], group=self._control, group_src=0)
 
     def told(self) -> tuple[str, tuple[Any, ...]]:
@@ -68,9 +76,12 @@ class Channel:
         """Every rank's bytes [n], at the first; elsewhere nothing."""
         if self.alone:
             return [part]
-        parts = [torch.empty_like(part) for _ in range(self.mesh.tp)] if self.leads else None
-        self._dist.gather(part, parts, group=self._data, group_dst=0)
-        return parts or []
+        parts = [torch.empty_like(part) for _ in range(self.mesh.tp)]
+        if part.device.type != "cpu":  # HCCL gathers to all alone
+            self._dist.all_gather(parts, part, group=self._data)
+        else:
+            self._dist.gather(part, parts if self.leads else None, group=self._data, group_dst=0)
+        return parts if self.leads else []
 
     def scatter(self, into: Tensor, parts: list[Tensor] | None) -> None:
         """To every rank its bytes [n] of those that the first has."""
@@ -264,14 +275,17 @@ class Follower:
 
     def __init__(self, channel: Channel, steps: Steps, state: State) -> None:
         self.channel, self.steps, self.state = channel, steps, state
+        self._device = steps.params.embed.device
 
     def call(self, name: str, tables: State, rest: tuple[Any, ...]) -> None:
         """Make the same call of a step; what comes of it but the pools the first rank has, too."""
-        result = self.steps(name, self._with(tables), *rest)
+        result = self.steps(name, self._with(tables), *place(rest, self._device))
         self.state = result[-1]
 
     def warm(self, calls: list[tuple[Any, ...]]) -> None:
-        self.steps.warm([(name, self._with(tables), *rest) for name, tables, *rest in calls])
+        self.steps.warm(
+            [(n, self._with(tables), *place(rest, self._device)) for n, tables, *rest in calls]
+        )
 
     def take(self, tables: State, row: int, pages: list[int]) -> None:
         self.channel.gather(packed(local.take(self._with(tables), row, pages)))
@@ -282,7 +296,8 @@ class Follower:
     def put(self, tables: State, row: int, pages: list[int], specs: Kept | None) -> None:
         kept = None
         if specs is not None:
-            kept = map_leaves(lambda s: torch.empty(s.shape, dtype=s.dtype), specs)
+            device = self._device
+            kept = map_leaves(lambda s: torch.empty(s.shape, dtype=s.dtype, device=device), specs)
             into = packed(kept)
             self.channel.scatter(into, None)
             kept = unpacked(into, kept)
@@ -298,7 +313,8 @@ class Follower:
         weights_digest(self.steps.params, self.channel.total)
 
     def _with(self, tables: State) -> State:
-        return tables._replace(layers=self.state.layers, mtp=self.state.mtp)
+        here = place(tables, self._device)
+        return here._replace(layers=self.state.layers, mtp=self.state.mtp)
 
 
 @contextmanager

@@ -2,20 +2,21 @@
 
 Tokens travel between all groups in every layer, so all of them must make the same calls, with
 batches of one shape. Before each call the first ranks of the groups tell each other what they want;
-all then make the call that most want, as large as the largest. A group that wanted another makes
-this one with rows that rest, and asks again; so does one that has nothing to do.
+all then make the call that somebody has waited for longest, of equals the one that most want, as
+large as the largest. A group that wanted another makes this one with rows that rest, and asks
+again; so does one that has nothing to do.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
 from qnext.functional.mesh import DP, LEADERS, Mesh
 from qnext.functional.state import State, narrow, view, widen
-from qnext.functional.tree import map_leaves, process_group
+from qnext.functional.tree import process_group
+from qnext.runtime.buckets import cut, resized
 
 KINDS = ("consume", "guess", "verify", "ahead", "next")  # of equal wants the first goes first
 LIKE = {"score": "consume", "decode": "next"}  # calls that move as much between groups
@@ -45,11 +46,16 @@ def form_of(name: str, rest: Sequence[Any]) -> Form:
     return Form(LIKE.get(name, name), tokens.shape[0], seq)
 
 
-def chosen(wanted: Sequence[Form]) -> Form:
-    """The form that all groups call next: NOTHING where none wants a call, OVER where all ended."""
-    forms = [form for form in wanted if form.kind]
-    if not forms:
-        return OVER if all(form == OVER for form in wanted) else NOTHING
+def chosen(wanted: Sequence[tuple[Form, int]]) -> Form:
+    """The form that all groups call next, of what each wants and for how many rounds it has.
+
+    NOTHING where none wants a call, OVER where all have ended.
+    """
+    asked = [(form, waited) for form, waited in wanted if form.kind]
+    if not asked:
+        return OVER if all(form == OVER for form, _ in wanted) else NOTHING
+    longest = max(waited for _, waited in asked)
+    forms = [form for form, waited in asked if waited == longest]
     votes = {kind: sum(form.kind == kind for form in forms) for kind in KINDS}
     kind = max(KINDS, key=lambda each: votes[each])
     return max((form for form in forms if form.kind == kind), key=lambda f: (f.batch * f.seq, f))
@@ -64,25 +70,24 @@ class Rounds:
         self.size, self._dist = mesh.size(DP), dist
         self._group = process_group(mesh.group(LEADERS))
 
-    def agree(self, wanted: Form) -> Form:
-        """What all groups call next, given what this one wants; every one asks."""
+    def agree(self, wanted: Form, waited: int = 0) -> Form:
+        """What all groups call next, given what this one wants and for how long; every one asks."""
         kind = KINDS.index(wanted.kind) if wanted.kind else -1
-        mine = torch.tensor([kind, wanted.batch, wanted.seq])
+        mine = torch.tensor([kind, wanted.batch, wanted.seq, waited])
         every = [torch.empty_like(mine) for _ in range(self.size)]
         self._dist.all_gather(every, mine, group=self._group)
-        told = [form.tolist() for form in every]
-        return chosen([Form(KINDS[k] if k >= 0 else "", batch, seq) for k, batch, seq in told])
+        told = [want.tolist() for want in every]
+        return chosen([(Form(KINDS[k] if k >= 0 else "", b, seq), w) for k, b, seq, w in told])
 
     def call(
         self, run: Callable[..., Any], name: str, state: State, rest: Sequence[Any]
     ) -> tuple[Any, ...]:
         """`run(name, state, *rest)`, once all groups make such a call; until then theirs."""
-        mine = form_of(name, rest)
-        while True:
-            agreed = self.agree(mine)
-            if agreed.takes(mine):
-                return _narrowed(run(name, *_widened(state, rest, mine, agreed)), mine)
+        mine, waited = form_of(name, rest), 0
+        while not (agreed := self.agree(mine, waited)).takes(mine):
             state = resting(run, agreed, state)
+            waited += 1
+        return _narrowed(run(name, *_widened(state, rest, mine, agreed)), mine)
 
     def attend(self, run: Callable[..., Any], state: State, over: bool) -> tuple[Form, State]:
         """A round of a group without work; over: it will have no more. (what was called, state)"""
@@ -118,23 +123,15 @@ def _widened(state: State, rest: Sequence[Any], mine: Form, agreed: Form) -> tup
     if mine.kind != "consume":  # those rest for want of room, these for want of tokens
         wide = wide._replace(capacity=pad(state.capacity, (0, more)))
 
-    def rows(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if mine.kind == "consume" and leaf.ndim > 1:
-            return pad(leaf, (0, longer, 0, more))
-        return torch.cat([leaf, leaf[:1].expand(more, *leaf.shape[1:])])
-
     tokens, *others = rest
-    if mine.kind == "consume":
-        return wide, rows(tokens), *(pad(lengths, (0, more)) for lengths in others)
-    return wide, rows(tokens), *map_leaves(rows, others)
+    tokens = pad(tokens, (0, longer)) if longer else tokens
+    return wide, *resized([tokens, *others], agreed.batch)
 
 
 def _narrowed(result: tuple[Any, ...], mine: Form) -> tuple[Any, ...]:
     """The results of the rows that asked, and the state with their tables."""
     *values, state = result
-    own = [value[: mine.batch] for value in values]
+    own = [cut(value, mine.batch) for value in values]
     if mine.kind == "consume":  # logits of each token
         own = [value[:, : mine.seq] if value.ndim > 1 else value for value in own]
     return *own, narrow(state, mine.batch)

@@ -228,7 +228,9 @@ def _loader(args: argparse.Namespace, options: Options) -> "Callable[[], Ready]"
         from qnext.server.host import Ready
 
         axes = (args.tp, args.dp, args.ep)
-        mesh = join(*axes, whole=tuple(args.whole)) if args.tp * args.dp > 1 else None
+        mesh = None
+        if args.tp * args.dp > 1:
+            mesh = join(*axes, whole=tuple(args.whole), backend=backend_of(args))
         params, tokenizer = load_model(args, mapped=False, mesh=mesh)
         engine = Engine(params, tokenizer, options, _shared(params, options))
         if not args.no_warm:
@@ -257,8 +259,17 @@ def rank_of(args: argparse.Namespace) -> int:
             f"{asked} takes {ranks} processes: torchrun --nproc-per-node {ranks} "
             f"-m qnext serve ... {asked}"
         )
-    dist.init_process_group("gloo")
+    if backend_of(args) == "hccl":
+        from qnext.lowering.npu.probe import use_device
+
+        use_device(dist.get_node_local_rank())
+    dist.init_process_group(backend_of(args))
     return dist.get_rank()
+
+
+def backend_of(args: argparse.Namespace) -> str:
+    """By what ranks reach each other's memory."""
+    return "hccl" if TARGETS[args.target].kind == "npu" else "gloo"
 
 
 def _follow(args: argparse.Namespace, options: Options) -> int:
@@ -270,7 +281,8 @@ def _follow(args: argparse.Namespace, options: Options) -> int:
     # a signal for all of them is for the first to act on
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
-    mesh = join(args.tp, args.dp, args.ep, whole=tuple(args.whole))
+    whole = tuple(args.whole)
+    mesh = join(args.tp, args.dp, args.ep, whole=whole, backend=backend_of(args))
     channel = Channel(mesh)
     try:
         params, _ = load_model(args, mapped=False, mesh=mesh)

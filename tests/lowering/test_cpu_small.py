@@ -280,6 +280,7 @@ def test_a_token_outside_of_the_vocabulary_leaves_the_state_as_it_was(token: int
 # ---- whole steps
 
 
+@pytest.mark.slow
 def test_the_engines_steps_are_one_program_each() -> None:
     """Nothing between arguments and results is torch's: no Python, whatever the number of rows."""
     params, tokens = model(mtp_num_hidden_layers=1), words(1)[:, 0]

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,10 @@ from torch import Tensor
 import qnext as qn
 from qnext.lowering.npu import dispatch_calls as travel
 from qnext.lowering.softnpu import bridge
+from qnext.runtime.engine import Engine
+from qnext.runtime.ranks import Channel, SharedSteps, follow
 from tests.npu.models import BF16, here, params
+from tests.npu.test_npu_engine import OPTIONS, requests, serve
 from tests.parallel.ranks import Ranks
 from tests.samples import relative_rms
 
@@ -158,3 +162,35 @@ def test_tokens_travel_to_chosen_experts_and_back(ranks: Ranks, int8: bool) -> N
     assert sum(came) == WORLD * TOKENS * CHOSEN and len(set(came)) > 1
     for got, want, _ in found:
         assert relative_rms(got, want) < (1e-2 if int8 else 4e-3)  # a rounding to int8, to bfloat16
+
+
+WHOLE = ("delta_heads",)  # of the demo, which has three
+
+
+def answers() -> Any:
+    """What two ranks answer, and what one device does; None at the rank that follows."""
+    mesh = qn.join(2, 1, 1, whole=WHOLE, backend="hccl")
+    channel, weights = Channel(mesh), params("demo")
+    options = replace(OPTIONS, target=here(), draft=1)
+    part = qn.shard(weights, mesh)
+    if mesh.rank:
+        follow(channel, part, options)
+        return None
+    told = []
+    shared = SharedSteps(channel, part, options.target, options.strict, **options.buckets)
+    for steps, given in ((shared, part), (None, weights)):
+        served = Engine(given, qn.tokenizer(), options, steps)
+        outputs = serve(served, requests(5))
+        told.append([(output.tokens, output.finish, output.error) for output in outputs])
+        told.append((served.stats.cache_hits, served.fallbacks, served.options.overlaps))
+        served.close()
+    return told
+
+
+def test_an_engine_of_two_ranks(ranks: Ranks) -> None:
+    """Captured steps on both devices, with guesses; values leave and enter the pools by HCCL."""
+    for found in ranks.run(answers):
+        if found is not None:
+            ours, figures, alone, _ = found
+            assert ours == alone and all(error is None for *_, error in ours)
+            assert figures[1:] == (0, True)

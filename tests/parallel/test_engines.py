@@ -74,13 +74,9 @@ def answers_of_groups(draft: int, overlap: bool, tp: int, dp: int) -> Any:
     return led(job, draft, tp, dp, overlap=overlap)
 
 
-GROUPS = [(0, False, 1, 4), (1, True, 2, 2), (1, False, 1, 2)]
-SOON = (0, False, 1, 4)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("draft", "overlap", "tp", "dp"),
-    [case if case == SOON else pytest.param(*case, marks=pytest.mark.slow) for case in GROUPS],
+    ("draft", "overlap", "tp", "dp"), [(0, False, 1, 4), (1, True, 2, 2), (1, False, 1, 2)]
 )
 def test_groups_with_requests_of_their_own(
     ranks: Ranks, draft: int, overlap: bool, tp: int, dp: int
@@ -151,6 +147,7 @@ def stored(directory: str) -> Any:
     return led(job, cache_dir=directory, cache_bytes=1 << 16)
 
 
+@pytest.mark.slow
 def test_states_in_files_are_whole(ranks: Ranks, tmp_path: Any) -> None:
     """What ranks wrote one process reads, under the same name for the same weights."""
     want = texts(serve(engine(), mixture(4, 6)))

@@ -105,15 +105,14 @@ def test_bfloat16_is_the_same_to_the_bit_where_no_sum_is_split(ranks: Ranks) -> 
         assert got.equal(want), what
 
 
-@pytest.mark.parametrize("draft", [pytest.param(0, marks=pytest.mark.slow), 1])
-@pytest.mark.parametrize(
-    "int8", [pytest.param(False, marks=pytest.mark.slow), True], ids=["float", "int8"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("draft", [0, 1])
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize(
     ("tp", "dp", "whole"),
     [
-        pytest.param(2, 1, ("delta_heads",), marks=pytest.mark.slow),
-        pytest.param(1, 4, (), marks=pytest.mark.slow),
+        (2, 1, ("delta_heads",)),
+        (1, 4, ()),
         (2, 2, ("delta_heads",)),
     ],
 )

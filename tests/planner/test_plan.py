@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -52,8 +53,16 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("case", MESHES)
+QUICK = {("held", False), ("sent", True)}
+
+
+@pytest.mark.parametrize(
+    ("case", "int8"),
+    [
+        each if each in QUICK else pytest.param(*each, marks=pytest.mark.slow)
+        for each in product(MESHES, (False, True))
+    ],
+)
 def test_layers_of_each_kind_stand_for_all(case: str, int8: bool) -> None:
     mesh, changes = MESHES[case]
     config = config_of(mesh, **changes)
@@ -62,7 +71,7 @@ def test_layers_of_each_kind_stand_for_all(case: str, int8: bool) -> None:
         few, times = (config, [1] * 12) if whole else small(config)
         _, state, tokens = qn.specs(few, 5, 400)
         traced = qn.jit(qn.decode, donate="state").trace(params_of(few, int8), state, tokens)
-        costs.append(step_cost(traced.lower(A3.target), few, times, A3))
+        costs.append(step_cost(traced.lower(A3.target), few, times))
     ours, full = costs
     assert (ours.launches, ours.moves) == (full.launches, full.moves)
     assert ours.flops == pytest.approx(full.flops, rel=1e-12)
@@ -104,7 +113,7 @@ def moves_of(mesh: Mesh, int8: bool = False, rows: int = 5, **changes: Any) -> d
     few, times = small(config_of(mesh, **changes))
     _, state, tokens = qn.specs(few, rows, 400)
     traced = qn.jit(qn.decode, donate="state").trace(params_of(few, int8), state, tokens)
-    cost = step_cost(traced.lower(A3.target), few, times, A3)
+    cost = step_cost(traced.lower(A3.target), few, times)
     found: Counter[str] = Counter()
     for move, count in cost.moves.items():
         found[move.site] += int(move.bytes * count)
@@ -171,7 +180,7 @@ def test_the_references_point() -> None:
     first = with_prefill(asked, published(), False, Load(), A3)
     assert first.first is not None and first.prefill is not None
     assert first.first == pytest.approx(3.5 * first.prefill.total)
-    assert 0.5 < first.first < 6.363
+    assert 0.3 < first.first < 6.363
 
 
 def test_guesses_make_steps_longer_and_tokens_cheaper() -> None:
@@ -209,6 +218,7 @@ def test_loads_are_checked() -> None:
         Load(accepted=2)
 
 
+@pytest.mark.slow
 def test_plans_of_many_cards_are_reckoned() -> None:
     """The best of a thousand cards, without a lowering for every way of sharing."""
     many = replace(LOAD, requests=4096)

@@ -9,7 +9,7 @@ import qnext as qn
 from qnext.cli import main
 from tests.planner.test_plan import SIZES
 
-LOAD = ["--requests", "10", "--prompt", "300", "--output", "100", "--cards", "4"]
+LOAD = ["--requests", "10", "--prompt", "96", "--output", "100", "--cards", "4"]
 Out = pytest.CaptureFixture[str]
 
 

@@ -15,22 +15,39 @@ from tests.runtime.engines import params, steps
 DRAFT = 1
 
 
+NEXT, READ = Form("next", 2, 1), Form("consume", 1, 16)
+
+
 @pytest.mark.parametrize(
     ("wanted", "agreed"),
     [
-        ([NOTHING, NOTHING], NOTHING),
-        ([OVER, NOTHING], NOTHING),
-        ([OVER, OVER], OVER),
-        ([OVER, Form("next", 2, 1)], Form("next", 2, 1)),
-        ([Form("next", 2, 1), Form("next", 4, 1), NOTHING], Form("next", 4, 1)),
-        ([Form("next", 2, 1), Form("consume", 1, 16)], Form("consume", 1, 16)),
-        ([Form("next", 2, 1), Form("consume", 1, 16), Form("next", 1, 1)], Form("next", 2, 1)),
-        ([Form("consume", 1, 48), Form("consume", 2, 32)], Form("consume", 2, 32)),
+        ([(NOTHING, 0), (NOTHING, 0)], NOTHING),
+        ([(OVER, 0), (NOTHING, 0)], NOTHING),
+        ([(OVER, 0), (OVER, 0)], OVER),
+        ([(OVER, 0), (NEXT, 0)], NEXT),
+        ([(NEXT, 0), (Form("next", 4, 1), 0), (NOTHING, 0)], Form("next", 4, 1)),
+        ([(NEXT, 0), (READ, 0)], READ),
+        ([(NEXT, 0), (READ, 0), (Form("next", 1, 1), 0)], NEXT),
+        ([(NEXT, 0), (READ, 1), (Form("next", 1, 1), 0)], READ),  # who lost a round is next
+        ([(Form("consume", 1, 48), 0), (Form("consume", 2, 32), 0)], Form("consume", 2, 32)),
+        ([(Form("consume", 1, 48), 1), (Form("consume", 2, 32), 0)], Form("consume", 1, 48)),
     ],
 )
-def test_what_is_called_next(wanted: list[Form], agreed: Form) -> None:
+def test_what_is_called_next(wanted: list[tuple[Form, int]], agreed: Form) -> None:
     assert chosen(wanted) == agreed
     assert chosen(wanted[::-1]) == agreed
+
+
+def test_nobody_waits_for_long() -> None:
+    """Three groups that want other calls again and again: each has its turn in three rounds."""
+    forms = [NEXT, READ, Form("consume", 2, 8)]
+    waited, turns = [0, 0, 0], list[Form]()
+    for _ in range(12):
+        agreed = chosen(list(zip(forms, waited, strict=True)))
+        turns.append(agreed)
+        waited = [0 if agreed.takes(f) else w + 1 for f, w in zip(forms, waited, strict=True)]
+        assert max(waited) < 3
+    assert set(turns) == set(forms)
 
 
 def test_forms() -> None:
@@ -50,7 +67,7 @@ class Told(Rounds):
     def __init__(self, *agreed: Form) -> None:
         self.agreed = list(agreed)
 
-    def agree(self, wanted: Form) -> Form:
+    def agree(self, wanted: Form, waited: int = 0) -> Form:
         return self.agreed.pop(0)
 
 

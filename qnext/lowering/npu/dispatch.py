@@ -25,7 +25,7 @@ from qnext.lowering.npu.patterns import (
     result,
     uncast,
 )
-from qnext.lowering.npu.w8a8 import calls as int8
+from qnext.lowering.npu.w8a8 import calls as int8_calls
 from qnext.lowering.npu.w8a8 import emit as w8a8
 from qnext.lowering.rules import Match
 from qnext.lowering.simplify import static_of
@@ -183,10 +183,10 @@ def _int8_computed(
     down_scale: Tensor,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     rows, scale, counts, *notes = travel.npu_dispatch_quant(**given)
-    inner, inner_scale = int8.npu_grouped_matmul_swiglu_quant(
+    inner, inner_scale = int8_calls.npu_grouped_matmul_swiglu_quant(
         x=rows, x_scale=scale, weight=w8a8.nz(gate_up), scale=gate_up_scale, counts=counts
     )
-    outer = int8.npu_grouped_matmul_quant(
+    outer = int8_calls.npu_grouped_matmul_quant(
         x=inner,
         x_scale=inner_scale,
         weight=w8a8.nz(down),

@@ -97,6 +97,12 @@ def require_call(name: str) -> str | None:
     return f"torch_npu {package.__version__} has no {name}"
 
 
+def use_device(number: int) -> None:
+    """Take one of this machine's devices, in turn, for this process."""
+    npu = require_torch_npu().npu
+    npu.set_device(number % npu.device_count())
+
+
 def device_name() -> str:
     """The first device's name, such as Ascend910B3; TargetError where there is none."""
     npu = require_torch_npu().npu

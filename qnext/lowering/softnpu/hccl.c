@@ -6,7 +6,7 @@
 #include <string.h>
 #define API __attribute__((visibility("default")))
 enum { INTERNAL = 4, ROOT_BYTES = 4108 };
-enum { ROOT, JOIN, LEAVE, NAME, ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, BROADCAST, ALL_TO_ALL, SLOTS };
+enum { ROOT, JOIN, LEAVE, NAME, ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, BROADCAST, ALL_TO_ALL, SCATTER, SLOTS };
 API void *softnpu_hccl[SLOTS];
 
 static void *slot(int at) {
@@ -40,6 +40,7 @@ FORWARD(HcclAllReduce, ALL_REDUCE, (In from, Out into, uint64_t count, int kind,
 FORWARD(HcclAllGather, ALL_GATHER, (In from, Out into, uint64_t count, int kind, Out group, Out stream), from, into, count, kind, group, stream)
 FORWARD(HcclReduceScatter, REDUCE_SCATTER, (In from, Out into, uint64_t count, int kind, int how, Out group, Out stream), from, into, count, kind, how, group, stream)
 FORWARD(HcclBroadcast, BROADCAST, (Out data, uint64_t count, int kind, uint32_t root, Out group, Out stream), data, count, kind, root, group, stream)
+FORWARD(HcclScatter, SCATTER, (In from, Out into, uint64_t count, int kind, uint32_t root, Out group, Out stream), from, into, count, kind, root, group, stream)
 FORWARD(HcclAlltoAll, ALL_TO_ALL, (In from, uint64_t sent, int kind, Out into, uint64_t came, int as, Out group, Out stream), from, sent, kind, into, came, as, group, stream)
 API int HcclGetCommAsyncError(Out group, int *error) { (void)group; *error = 0; return 0; }
 API const char *HcclGetErrorString(int code) { (void)code; return "see the lines of softnpu above"; }

@@ -143,6 +143,19 @@ def all_to_all(
     issue("HcclAlltoAll", stream, task)
 
 
+def scatter(
+    source: int, into: int, count: int, kind: int, first: int, group: int, stream: int
+) -> None:
+    def task() -> None:
+        to = _handles[group]
+        whole = torch.zeros(count * to.ranks, dtype=DTYPES[kind])
+        if to.rank == first:
+            whole = _numbers(source, count * to.ranks, kind)
+        _numbers(into, count, kind).copy_(to.every(whole)[first][to.rank * count :][:count])
+
+    issue("HcclScatter", stream, task)
+
+
 P, N, I = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int
 SLOTS: tuple[tuple[Callable[..., None], tuple[Any, ...]], ...] = (
     (root, (P,)),
@@ -154,6 +167,7 @@ SLOTS: tuple[tuple[Callable[..., None], tuple[Any, ...]], ...] = (
     (reduce_scatter, (P, P, N, I, I, P, P)),
     (broadcast, (P, N, I, ctypes.c_uint32, P, P)),
     (all_to_all, (P, N, I, P, N, I, P, P)),
+    (scatter, (P, P, N, I, ctypes.c_uint32, P, P)),
 )
 _alive: list[Any] = []  # what C holds a pointer to
 
