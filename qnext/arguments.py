@@ -19,6 +19,20 @@ def add_model(verb: argparse.ArgumentParser) -> None:
     )
 
 
+PUBLISHED = "qwen3-next-80b"  # an architecture that needs no file
+
+
+def architecture(model: str | None) -> qn.Config:
+    """The config of a checkpoint's directory or config.json, or of `PUBLISHED`; None: the demo's.
+
+    Raises ConfigError.
+    """
+    if model is None:
+        return qn.demo().config
+    known = PUBLISHED in model.lower() and not Path(model).exists()
+    return qn.Config.from_hf({"model_type": "qwen3_next"} if known else model)
+
+
 def add_draft(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--draft",

@@ -17,6 +17,7 @@ from qnext.convert import convert
 from qnext.embedded import PROBLEMS
 from qnext.evaluate import evaluate, read_problems
 from qnext.functional.quantize import CHOICES
+from qnext.lower import add_lower
 from qnext.planner.command import add_plan
 from qnext.server.command import add_serve
 from qnext.text import Tokenizer
@@ -71,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     _add_quantize(verbs)
     add_serve(verbs)
     add_bench(verbs)
+    add_lower(verbs)
     add_plan(verbs)
     _add_doctor(verbs)
     return top

@@ -241,6 +241,12 @@ class Lowered:
         """One line a site: what it is, what it became, or why no rule took it."""
         return text.as_text(self.graph.graph, self.verdicts, self.writes)
 
+    def as_html(self) -> str:
+        """A page for a browser that stands alone: sites, verdicts, bytes, roofline bars."""
+        from qnext.lowering.page import as_html
+
+        return as_html(self)
+
     def report(self) -> str:
         """How often each rule fired, and every site left on the reference with its reason."""
         return text.report(self.verdicts)

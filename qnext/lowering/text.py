@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch.fx import Graph, Node
 
@@ -11,22 +12,33 @@ from qnext.lowering.graph import primitive_of, scopes, shape_text, site_name, si
 from qnext.lowering.rules import OTHER_PATTERN, Verdict
 
 LEFT = "reference"
+WHOLE = "the whole step"  # the part of sites that belong to no layer
 ADDED = {
     "clone": Verdict("copy", None, ("so that memory which somebody else may read stays as it is",)),
     "write_back": Verdict("carry", "carry", ()),
 }
 
 
-def as_text(graph: Graph, verdicts: dict[Node, Verdict], writes: Sequence[Write] = ()) -> str:
-    """Number, what the site is, its first result, what it became, and why; parts set apart.
+class Line(NamedTuple):
+    """A site: what it is, its first result, what it became, and why; and the part it is of."""
 
-    Where a rule took what others declined, the first such line tells their reasons.
-    """
+    node: Node
+    part: str
+    site: str
+    shape: str
+    became: str
+    why: str
+
+
+def lines_of(
+    graph: Graph, verdicts: dict[Node, Verdict], writes: Sequence[Write] = ()
+) -> list[Line]:
+    """Every site. Where a rule took what others declined, the first such tells their reasons."""
     owner = scopes(graph)
     told: set[Verdict] = set()
     settled = {write.node: write for write in writes}
-    rows = []
-    for number, node in enumerate(sites(graph)):
+    lines = []
+    for node in sites(graph):
         verdict = verdicts.get(node) or ADDED[site_name(node)]
         became, why = _margin(node, verdict)
         if verdict.rule is not None and verdict not in told and (reasons := _reasons(verdict)):
@@ -35,17 +47,24 @@ def as_text(graph: Graph, verdicts: dict[Node, Verdict], writes: Sequence[Write]
         if write := settled.get(node):
             why += f"; {write.verdict}: {write.reason}"
         shape = shape_text(tensors(value(node))[0])
-        rows.append(((str(number), verdict.site, shape, became), why, owner[node]))
-    widths = [max((len(row[i]) for row, _, _ in rows), default=0) for i in range(4)]
+        lines.append(Line(node, owner[node], verdict.site, shape, became, why))
+    return lines
+
+
+def as_text(graph: Graph, verdicts: dict[Node, Verdict], writes: Sequence[Write] = ()) -> str:
+    """`lines_of`, numbered, parts set apart."""
+    found = lines_of(graph, verdicts, writes)
+    rows = [(str(n), each.site, each.shape, each.became) for n, each in enumerate(found)]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
     lines: list[str] = []
     part: str | None = None
-    for row, why, owned in rows:
-        if owned != part:
-            part = owned
-            lines.append(f"# {part or 'the whole step'}")
-        number_text = row[0].rjust(widths[0])
+    for row, each in zip(rows, found, strict=True):
+        if each.part != part:
+            part = each.part
+            lines.append(f"# {part or WHOLE}")
+        number = row[0].rjust(widths[0])
         rest = (text.ljust(width) for text, width in zip(row[1:], widths[1:], strict=True))
-        lines.append("  ".join((number_text, *rest, why)).rstrip())
+        lines.append("  ".join((number, *rest, each.why)).rstrip())
     return "\n".join(lines)
 
 
@@ -57,7 +76,7 @@ def _margin(node: Node, verdict: Verdict) -> tuple[str, str]:
         return verdict.rule, call.page if call else torch_name
     if primitive_of(node):
         return LEFT, "; ".join(verdict.reasons)
-    return "torch", "; ".join(verdict.reasons)
+    return "torch", _reasons(verdict)
 
 
 def _reasons(verdict: Verdict) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from qnext.arguments import PUBLISHED, architecture
 from qnext.bench.files import check_files
 from qnext.errors import InputError
 from qnext.functional.config import Config
@@ -25,7 +26,6 @@ from qnext.planner.plan import Plan, plan, with_prefill
 from qnext.planner.plot import draw
 from qnext.planner.search import meshes, ranked
 
-PUBLISHED = "qwen3-next-80b"
 BEST = 5  # plans that are shown
 DESCRIPTION = """\
 How a model would do on many cards, on paper: what each holds, how many requests there is room for,
@@ -130,9 +130,7 @@ def machine_of(args: argparse.Namespace) -> Machine:
 
 def config_of(args: argparse.Namespace) -> Config:
     """The model's config in bfloat16, states too. Raises InputError, ConfigError."""
-    path = Path(args.model)
-    known = PUBLISHED in args.model.lower() and not path.exists()
-    config = Config.from_hf({"model_type": "qwen3_next"} if known else path)
+    config = architecture(args.model)
     if args.draft and not config.mtp_layers:
         config = replace(config, mtp_layers=1)
     return config.with_precision(compute=torch.bfloat16, state=torch.bfloat16)

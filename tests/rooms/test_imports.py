@@ -56,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "qnext.bench.steps": {"torch", "tqdm", "qnext"},
     "qnext.server": {"torch", "tqdm", "qnext"},
     "qnext.planner": {"torch", "tqdm", "qnext"},
+    "qnext.lower": {"torch", "qnext"},
     "qnext.doctor": {"torch", "qnext.errors", "qnext.lowering"},
     "qnext.arguments": {"torch", "qnext"},
     "qnext.cli": {"qnext"},
