@@ -7,7 +7,7 @@ CLIENTS = 'openai>=3.50,<4' 'lm-eval[api]>=0.4.13,<0.5' 'litellm>=1.106,<2' 'sch
 	'aiperf>=0.13,<0.14' 'sglang-router>=0.3.2,<0.4' 'vllm-router>=0.1.17,<0.2'
 QUESTION = Mia has 12 apples. She buys 7 more and then gives 5 to Tom. How many apples does Mia have now?
 
-.PHONY: run test test-all test-npu test-clients lint demo clean
+.PHONY: run test test-all test-npu test-clients notebooks lint demo clean
 
 run: .venv/base  ## ask the demo model a question
 	@$(BIN)/qnext generate --prompt "$$(printf 'Question: %s\nAnswer:' "$(QUESTION)")" --stop Question
@@ -24,6 +24,9 @@ test-npu: .venv-npu/dev  ## torch_npu on the software Ascend, a 910B and an A3; 
 
 test-clients: .venv-clients/dev .venv/dev  ## public clients against `qnext serve`; needs npm
 	$(BIN)/python -m pytest tests/clients
+
+notebooks: .venv/dev  ## run every notebook from its first cell to its last
+	$(BIN)/python -m pytest tests/notebooks
 
 lint: .venv/dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -56,6 +56,8 @@ ALLOWED: dict[str, set[str]] = {
     "qnext.bench.steps": {"torch", "tqdm", "qnext"},
     "qnext.server": {"torch", "tqdm", "qnext"},
     "qnext.planner": {"torch", "tqdm", "qnext"},
+    "qnext.measure": {"torch", "jaxtyping", "qnext.errors", "qnext.functional"},
+    "qnext.plot": {"torch", "qnext.errors", "qnext.measure"},
     "qnext.lower": {"torch", "qnext"},
     "qnext.doctor": {"torch", "qnext.errors", "qnext.lowering"},
     "qnext.arguments": {"torch", "qnext"},
