@@ -7,7 +7,7 @@ CLIENTS = 'openai>=3.50,<4' 'lm-eval[api]>=0.4.13,<0.5' 'litellm>=1.106,<2' 'sch
 	'aiperf>=0.13,<0.14' 'sglang-router>=0.3.2,<0.4' 'vllm-router>=0.1.17,<0.2'
 QUESTION = Mia has 12 apples. She buys 7 more and then gives 5 to Tom. How many apples does Mia have now?
 
-.PHONY: run test test-all test-npu test-clients notebooks lint demo clean
+.PHONY: run test test-all test-npu test-clients notebooks docs lint demo clean
 
 run: .venv/base  ## ask the demo model a question
 	@$(BIN)/qnext generate --prompt "$$(printf 'Question: %s\nAnswer:' "$(QUESTION)")" --stop Question
@@ -28,6 +28,9 @@ test-clients: .venv-clients/dev .venv/dev  ## public clients against `qnext serv
 notebooks: .venv/dev  ## run every notebook from its first cell to its last
 	$(BIN)/python -m pytest tests/notebooks
 
+docs: .venv/docs  ## build the site into site/
+	$(BIN)/python -m mkdocs build --quiet -f website/mkdocs.yml
+
 lint: .venv/dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,7 +40,7 @@ demo: .venv/dev  ## train the embedded demo model anew (docs/demo.md tells the h
 	$(BIN)/python -m examples.train_demo
 
 clean:
-	rm -rf .venv .venv-npu .venv-clients .cache build dist *.egg-info
+	rm -rf .venv .venv-npu .venv-clients .cache build dist site *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -49,6 +52,10 @@ clean:
 
 .venv/dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ .venv/base
+
+.venv/docs: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@ .venv/base
 
 .venv-npu/dev: pyproject.toml
