@@ -62,7 +62,7 @@ class Channel:
         """An order of the first rank to all others."""
         if self.alone:
             return
-        arguments = place(arguments, "cpu")
+        arguments = map_leaves(_on_host, arguments)
         self._dist.broadcast_object_list([(order, arguments)], group=self._control, group_src=0)
 
     def told(self) -> tuple[str, tuple[Any, ...]]:
@@ -381,6 +381,11 @@ def unpacked(data: Tensor, like: Kept) -> Kept:
 
 def _tables(state: State) -> State:
     return state._replace(layers=(), mtp=())
+
+
+def _on_host(leaf: Any) -> Any:
+    """A leaf of an order as it is sent: numbers from the host, specs as they are."""
+    return leaf.cpu() if isinstance(leaf, Tensor) and not leaf.is_meta else leaf
 
 
 def _spec(leaf: Tensor, shape: Sequence[int] | None = None) -> Tensor:

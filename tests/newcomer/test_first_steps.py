@@ -35,8 +35,8 @@ def test_each_block_does_what_the_page_says(tmp_path: Path) -> None:
         script += [pasted, f'echo "{DONE.format(number)}"']
     begun = time.monotonic()
     done = subprocess.run(
-        ["bash"],
-        input="\n".join(script),
+        ["bash", "-c", "\n".join(script)],
+        stdin=subprocess.DEVNULL,
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -180,9 +180,10 @@ def answers() -> Any:
     shared = SharedSteps(channel, part, options.target, options.strict, **options.buckets)
     for steps, given in ((shared, part), (None, weights)):
         served = Engine(given, qn.tokenizer(), options, steps)
-        outputs = serve(served, requests(5))
+        outputs = serve(served, requests(5)) + serve(served, requests(2))  # these are cached
         told.append([(output.tokens, output.finish, output.error) for output in outputs])
-        told.append((served.stats.cache_hits, served.fallbacks, served.options.overlaps))
+        told.append((served.fallbacks, served.options.overlaps))
+        assert served.stats.preempted or served.stats.cache_hits  # values went out and came in
         served.close()
     return told
 
@@ -193,4 +194,4 @@ def test_an_engine_of_two_ranks(ranks: Ranks) -> None:
         if found is not None:
             ours, figures, alone, _ = found
             assert ours == alone and all(error is None for *_, error in ours)
-            assert figures[1:] == (0, True)
+            assert figures == (0, True)

@@ -7,7 +7,7 @@ import pytest
 
 import qnext as qn
 from qnext.cli import main
-from tests.planner.test_plan import SIZES
+from tests.planner.test_plans_on_paper import SIZES
 
 LOAD = ["--requests", "10", "--prompt", "96", "--output", "100", "--cards", "4"]
 Out = pytest.CaptureFixture[str]
