@@ -104,7 +104,7 @@ def test_the_experts_first_product_multiplies_by_the_reciprocal() -> None:
     q, q_scale = int8.npu_grouped_matmul_swiglu_quant(
         x=x.npu(),
         x_scale=scale.npu(),
-        weight=emit._nz(made.weight.npu()),
+        weight=emit.nz(made.weight.npu()),
         scale=made.scale.npu(),
         counts=torch.tensor([0, 7]).npu(),
     )
@@ -117,7 +117,7 @@ def test_products_are_exact_sums_rounded_once() -> None:
     x, scale = tokens(drawn(5, 72), TIMES)
     made = quantize_rows(torch.randn(50, 72))
     given = {"x": x.npu(), "x_scale": scale.npu(), "scale": made.scale.npu()}
-    got = int8.npu_quant_matmul(weight=emit._nz(made.weight.npu()), **given)
+    got = int8.npu_quant_matmul(weight=emit.nz(made.weight.npu()), **given)
     want = ops.int8_linear(x=x, x_scale=scale, weight=made.weight, scale=made.scale)
     assert torch.equal(got.cpu(), want.to(BF16))
 
@@ -133,7 +133,7 @@ def test_a_token_of_zeros_has_scale_zero_and_product_zero() -> None:
         assert float(scale[1]) == 0 and bool(q[1].cpu().any())
         made = quantize_rows(torch.randn(48, 64))
         y = int8.npu_quant_matmul(
-            x=q, x_scale=scale, weight=emit._nz(made.weight.npu()), scale=made.scale.npu()
+            x=q, x_scale=scale, weight=emit.nz(made.weight.npu()), scale=made.scale.npu()
         )
         assert not y[1].cpu().any() and bool(y[0].cpu().any())
 
