@@ -10,7 +10,7 @@ from pathlib import Path
 
 import qnext as qn
 from qnext import doctor
-from qnext.arguments import add_draft, add_model, add_target, load
+from qnext.arguments import Verbs, add_draft, add_model, add_target, add_verb, load
 from qnext.bench.command import add_bench
 from qnext.complete import Piece, complete
 from qnext.convert import convert
@@ -78,13 +78,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add_generate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    verb = verbs.add_parser(
+def _add_generate(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
         "generate",
         help="continue a prompt, or chat",
         description="Continue a prompt, or chat. Streams text, then prints tokens per second.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model(verb)
     verb.add_argument("--prompt", metavar="TEXT", help="text to continue as it stands")
@@ -113,14 +113,14 @@ def _add_generate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     verb.set_defaults(run=run_generate)
 
 
-def _add_eval(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    verb = verbs.add_parser(
+def _add_eval(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
         "eval",
         help="few-shot word problems (GSM8K)",
         description="Few-shot accuracy on word problems in GSM8K's JSON lines, as the public "
         "scripts measure it: the shots are the file's first lines, the answer is the last number.",
         epilog=EVAL_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model(verb)
     verb.add_argument(
@@ -136,14 +136,14 @@ def _add_eval(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     verb.set_defaults(run=run_eval)
 
 
-def _add_quantize(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    verb = verbs.add_parser(
+def _add_quantize(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
         "quantize",
         help="a checkpoint to W8A8",
         description="Quantise a checkpoint to int8 weights, a scale for each output channel, and "
         "int8 activations, a scale for each token as it comes (compressed-tensors int-quantized).",
         epilog=QUANTIZE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.add_argument("source", type=Path, metavar="SRC", help="checkpoint directory")
     verb.add_argument("target", type=Path, metavar="DST", help="new directory to write to")
@@ -164,14 +164,14 @@ def _add_quantize(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     verb.set_defaults(run=run_quantize)
 
 
-def _add_doctor(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    verb = verbs.add_parser(
+def _add_doctor(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
         "doctor",
         help="what this machine can lower for",
         description="Versions, the NPU of this machine, its target, and the facts that tiny calls "
         "found to hold on it. Without an NPU it says what is missing; that is no error.",
         epilog=DOCTOR_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.add_argument("--json", action="store_true", help="print one JSON object")
     verb.set_defaults(run=lambda args: doctor.run(args.json))

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 import qnext as qn
-from qnext.arguments import PUBLISHED, architecture
+from qnext.arguments import PUBLISHED, Verbs, add_verb, architecture, shared_mesh
+from qnext.bench.files import check_file
 from qnext.errors import InputError
-from qnext.functional.mesh import Mesh
 from qnext.functional.quantize import quantize
 from qnext.lowering.stages import Lowered
 from qnext.lowering.target import TARGETS, resolve
@@ -43,13 +43,13 @@ examples:
 """
 
 
-def add_lower(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    verb = verbs.add_parser(
+def add_lower(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
         "lower",
         help="what a step becomes on a target",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.add_argument(
         "model",
@@ -93,10 +93,8 @@ def add_lower(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 def run_lower(args: argparse.Namespace) -> int:
     """Lower and report; returns the exit status, 1 where primitives stay on the reference."""
-    for option in ("html", "json"):
-        path = getattr(args, option)
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise InputError(f"--{option} {path}: must be a file in a directory that exists")
+    check_file("--html", args.html)
+    check_file("--json", args.json)
     lowered = lower(args)
     if args.html:
         args.html.write_text(lowered.as_html(), encoding="utf-8")
@@ -116,9 +114,8 @@ def lower(args: argparse.Namespace) -> Lowered:
     dtype = DTYPES[args.dtype]
     config = config.with_precision(compute=dtype, state=dtype)
     mtp = max(config.mtp_layers, int(args.step == "speculate"))
-    mesh = Mesh(args.tp, args.dp, args.ep)
-    whole = () if config.vocab_size % mesh.tp == 0 else ("vocab",)
-    config = replace(config, mesh=replace(mesh, whole=whole), mtp_layers=mtp)
+    mesh = shared_mesh(config, args.tp, args.dp, args.ep)
+    config = replace(config, mesh=mesh, mtp_layers=mtp)
     seq = {"prefill": args.seq, "verify": args.draft + 1}.get(args.step)
     if seq is not None and seq > args.capacity:
         raise InputError(f"{seq} tokens do not fit a capacity of {args.capacity}: --capacity {seq}")

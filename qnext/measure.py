@@ -1,5 +1,6 @@
 """What a model's state does while it reads: sizes, ranks and decays, for people who study it."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from qnext.functional import ops
 from qnext.functional.blocks import layer, locate, project
 from qnext.functional.config import DELTA
 from qnext.functional.model import decode
-from qnext.functional.params import DeltaNetParams, Params
+from qnext.functional.params import DeltaNetParams, LayerParams, Params
 from qnext.functional.state import Delta, init_state
 
 
@@ -69,19 +70,15 @@ def log_decays(
     params: Params, tokens: Int[Tensor, " tokens"]
 ) -> Float[Tensor, "tokens nets heads"]:
     """g of every delta net at every token, as its layer computes them from what comes to it."""
-    config, device = params.config, params.embed.device
-    state = init_state(config, 1, len(tokens), device=device)
-    valid = torch.ones(1, len(tokens), dtype=torch.bool, device=device)
-    step = locate(config, state, state.lengths, valid)
-    x, found = embedding(tokens[None], params.embed), []
-    for p, past in zip(params.layers, state.layers, strict=True):
+    valid = torch.ones_like(tokens[None], dtype=torch.bool)
+    found = []
+    for p, x, _ in _walk(params, tokens[None]):
         mixer = p.mixer
         if isinstance(mixer, DeltaNetParams):
-            normed = ops.rms_norm(x=x, weight=p.input_norm, eps=config.rms_norm_eps)
+            normed = ops.rms_norm(x=x, weight=p.input_norm, eps=params.config.rms_norm_eps)
             b, a = project(normed, mixer.gate_proj).chunk(2, dim=-1)
             g, _ = ops.delta_gates(a=a, b=b, A_log=mixer.A_log, dt_bias=mixer.dt_bias, valid=valid)
             found.append(g[0])
-        x, _ = layer(p, past, x, step, config)
     return torch.stack(found, dim=1)
 
 
@@ -90,12 +87,18 @@ def layer_outputs(
     params: Params, tokens: Int[Tensor, "batch tokens"]
 ) -> Float[Tensor, "layers batch tokens d"]:
     """What leaves each layer of a model that reads tokens from the beginning."""
+    return torch.stack([y for _, _, y in _walk(params, tokens)])
+
+
+def _walk(params: Params, tokens: Tensor) -> Iterator[tuple[LayerParams, Tensor, Tensor]]:
+    """(a layer, what comes to it, what leaves it), for each, of tokens [batch, tokens] from the
+    beginning."""
     config = params.config
     state = init_state(config, *tokens.shape, device=params.embed.device)
     valid = torch.ones_like(tokens, dtype=torch.bool)
     step = locate(config, state, state.lengths, valid)
-    x, found = embedding(tokens, params.embed), []
+    x = embedding(tokens, params.embed)
     for p, past in zip(params.layers, state.layers, strict=True):
-        x, _ = layer(p, past, x, step, config)
-        found.append(x)
-    return torch.stack(found)
+        y, _ = layer(p, past, x, step, config)
+        yield p, x, y
+        x = y

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from qnext.arguments import PUBLISHED, architecture
+from qnext.arguments import PUBLISHED, Verbs, add_verb, architecture, shared_mesh
 from qnext.bench.files import check_files
 from qnext.errors import InputError
 from qnext.functional.config import Config
@@ -45,13 +45,13 @@ A card is a device as torch_npu counts them: a 910C has two. docs/parallel.md te
 """
 
 
-def add_plan(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    verb = verbs.add_parser(
+def add_plan(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
         "plan",
         help="a model on many cards, on paper",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.add_argument(
         "--model",
@@ -154,13 +154,13 @@ def mesh_of(args: argparse.Namespace, config: Config) -> tuple[Mesh | None, str]
             f"(tp {tp // dp}, dp {dp})"
         )
         tp //= dp
-    mesh = Mesh(tp, dp, ep or 0)
+    mesh = shared_mesh(config, tp, dp, ep or 0)
     if mesh.ranks != cards:
         raise InputError(
             f"tp = {tp} times dp = {dp} are {mesh.ranks} cards, --cards says {cards}: "
             f"--cards {mesh.ranks}, or leave out --tp or --dp"
         )
-    return replace(mesh, whole=() if config.vocab_size % tp == 0 else ("vocab",)), told
+    return mesh, told
 
 
 def run_plan(args: argparse.Namespace) -> int:

@@ -111,7 +111,7 @@ def plan(config: Config, int8: bool, mesh: Mesh, load: Load, machine: Machine) -
 
     config: of the whole model, whose mesh is no matter. int8: W8A8 by the usual choice.
     """
-    config = of_mesh(config, mesh)
+    config = replace(config, mesh=mesh)
     rows = -(-load.requests // mesh.dp)
     step = _decoded(_Shape(config, int8, rows, load.length, load.draft, machine.target))
     return Plan(
@@ -125,7 +125,7 @@ def plan(config: Config, int8: bool, mesh: Mesh, load: Load, machine: Machine) -
 
 def with_prefill(plan: Plan, config: Config, int8: bool, load: Load, machine: Machine) -> Plan:
     """The same plan with the time to the first token, which takes longer to reckon."""
-    config = of_mesh(config, plan.mesh)
+    config = replace(config, mesh=plan.mesh)
     seq = min(load.prompt, CHUNK)
     cost = _prefilled(_Shape(config, int8, 1, load.length, load.draft, machine.target), seq)
     time = timed(cost, machine, times=-(-load.prompt // seq))
@@ -150,11 +150,6 @@ def timed(cost: StepCost, machine: Machine, times: int = 1) -> Time:
         sum(inside * count for (inside, _), count in split),
         sum(outside * count for (_, outside), count in split),
     )
-
-
-def of_mesh(config: Config, mesh: Mesh) -> Config:
-    """A rank's config."""
-    return replace(config, mesh=mesh)
 
 
 def params_of(config: Config, int8: bool) -> Params:

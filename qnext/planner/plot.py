@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qnext.bench.plot import import_figure
-from qnext.functional.config import PAGE
+from qnext.functional.state import pages_of
 from qnext.planner.assumed import MEASURED_SECONDS
 from qnext.planner.plan import Plan
 
@@ -41,9 +41,8 @@ def draw(plans: Sequence[Plan], length: int, title: str, measured: bool, path: P
     if measured:
         times.set_xlim(0, 1.1e3 * MEASURED_SECONDS)
         times.axvline(1e3 * MEASURED_SECONDS, color="black", linestyle=":")
-        times.annotate(
-            "measured, SGLang\n44.30", (1e3 * MEASURED_SECONDS, len(plans) / 2), ha="right"
-        )
+        said = f"measured, SGLang\n{1e3 * MEASURED_SECONDS:.2f}"
+        times.annotate(said, (1e3 * MEASURED_SECONDS, len(plans) / 2), ha="right")
     _bars(room, names, [_filled(plan, length) for plan in plans], FILLS, "GB")
     most = plans[0].memory.usable / 1e9
     room.axvline(most, color="black", linestyle=":", label="usable")
@@ -58,14 +57,13 @@ def draw(plans: Sequence[Plan], length: int, title: str, measured: bool, path: P
 def _filled(plan: Plan, length: int) -> dict[str, float]:
     """GB of a card that the load itself takes."""
     memory = plan.memory
-    pages = -(-length // PAGE)
     return {
         "experts": memory.experts / 1e9,
         "other weights": memory.others / 1e9,
         "workspace": memory.workspace / 1e9,
         "HCCL": memory.buffers / 1e9,
         "recurrent states": plan.rows * memory.a_request / 1e9,
-        "keys and values": plan.rows * pages * memory.a_page / 1e9,
+        "keys and values": plan.rows * pages_of(length) * memory.a_page / 1e9,
     }
 
 

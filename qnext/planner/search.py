@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from qnext.arguments import shared_mesh
 from qnext.errors import InputError
 from qnext.functional.config import Config
 from qnext.functional.mesh import Block, Mesh
@@ -47,9 +48,8 @@ def promised(config: Config, int8: bool, mesh: Mesh, load: Load, machine: Machin
 
 def _mesh(config: Config, tp: int, dp: int, ep: int) -> Iterator[Mesh]:
     """The mesh, if heads and experts can be shared so; the vocabulary stays whole where it must."""
-    whole = () if config.vocab_size % tp == 0 else ("vocab",)
     try:
-        mesh = Mesh(tp, dp, ep, whole=whole)
+        mesh = shared_mesh(config, tp, dp, ep)
         for blocks in _axes(config):
             mesh.spans(blocks)
     except InputError:

@@ -1,6 +1,7 @@
 """Plans as text: a table, where the time of one of them goes, and what was assumed."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from qnext.functional.config import Config
 from qnext.planner.assumed import (
@@ -11,7 +12,7 @@ from qnext.planner.assumed import (
     Load,
     Machine,
 )
-from qnext.planner.plan import Plan, buffer_bytes, of_mesh
+from qnext.planner.plan import Plan, buffer_bytes
 
 GB, MB = 1e9, 1e6
 HEAD = (
@@ -109,7 +110,7 @@ def advice(plan: Plan, config: Config, load: Load, machine: Machine) -> str:
     mesh = plan.mesh
     axes = " ".join(f"--{axis} {getattr(mesh, axis)}" for axis in ("tp", "dp", "ep"))
     lines = [f"torchrun ... -m qnext serve ... {axes}"]
-    if needed := buffer_bytes(of_mesh(config, mesh), load, machine):
+    if needed := buffer_bytes(replace(config, mesh=mesh), load, machine):
         lines.append(f"HCCL_BUFFSIZE (MB) at least {-(-needed // (1 << 20)):,}")
     return "\n".join(lines)
 

@@ -77,7 +77,7 @@ class Channel:
         if self.alone:
             return [part]
         parts = [torch.empty_like(part) for _ in range(self.mesh.tp)]
-        if part.device.type != "cpu":  # HCCL gathers to all alone
+        if part.device.type != "cpu":  # torch_npu's gather knows no group_dst
             self._dist.all_gather(parts, part, group=self._data)
         else:
             self._dist.gather(part, parts if self.leads else None, group=self._data, group_dst=0)

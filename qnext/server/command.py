@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qnext.arguments import add_draft, add_model
+from qnext.arguments import Verbs, add_draft, add_model, add_verb
 from qnext.arguments import load as load_model
 from qnext.errors import InputError
 from qnext.functional.mesh import TABLE
@@ -37,14 +37,14 @@ no new ones; the second ends at once. docs/serving.md tells more.
 """
 
 
-def add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    verb = verbs.add_parser(
+def add_serve(verbs: Verbs) -> None:
+    verb = add_verb(
+        verbs,
         "serve",
         help="answer over HTTP, as OpenAI's API does",
         description="An HTTP server with OpenAI's API: completions, chat, tools, grammars, "
         "metrics, and a page to chat on. Needs the extra: pip install 'qnext[serve]'.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model(verb)
     verb.add_argument("--name", help="what clients call the model (default: its directory's name)")

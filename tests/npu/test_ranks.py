@@ -62,7 +62,7 @@ def steps(given: qn.Params, captured: bool, seed: int) -> tuple[list[Tensor], Co
     tokens = torch.randint(200, (2, BATCH), generator=torch.Generator().manual_seed(seed))
     traced = qn.jit(qn.decode, donate="state").trace(given, state, tokens[0])
     ready = traced.lower(here(), strict=True).compile()
-    launches = traced.lower(here()).cost_analysis()["launches"]
+    launches = ready.lowered.cost_analysis()["launches"]
     mine = qn.place((given, state, tokens[0]), "npu")
     graph = ready.capture(*mine) if captured else ready
     tasks = Counter(graph.launches()) if captured else Counter()

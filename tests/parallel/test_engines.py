@@ -69,7 +69,8 @@ COUNTS = (10, 0, 4, 1)  # requests of each group
 def answers_of_groups(draft: int, overlap: bool, tp: int, dp: int) -> Any:
     def job(served: Engine, group: int) -> Any:
         found = texts(serve(served, mixture(group, COUNTS[group])))
-        return group, found, is_clean(served)
+        stats = served.stats
+        return group, found, is_clean(served), stats.preempted, stats.cache_hits
 
     return led(job, draft, tp, dp, overlap=overlap)
 
@@ -84,8 +85,9 @@ def test_groups_with_requests_of_their_own(
     """Each answers as an engine alone; one has no requests, and the rest go on."""
     told = [each for each in ranks.run(answers_of_groups, draft, overlap, tp, dp) if each]
     assert len(told) == 4 // tp
-    for group, found, clean in told:
+    for group, found, clean, preempted, hits in told:
         assert clean and found == texts(serve(engine(draft), mixture(group, COUNTS[group])))
+        assert COUNTS[group] < COUNTS[0] or (preempted and hits)
 
 
 def read(draft: int) -> Any:

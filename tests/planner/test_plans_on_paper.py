@@ -14,7 +14,7 @@ from qnext.functional.config import Config
 from qnext.functional.mesh import Mesh
 from qnext.planner.assumed import MACHINES, MEASURED_SECONDS, Load
 from qnext.planner.costs import Move, fullest, kinds_of, small, step_cost
-from qnext.planner.plan import Plan, buffer_bytes, of_mesh, params_of, plan, size, with_prefill
+from qnext.planner.plan import Plan, buffer_bytes, params_of, plan, size, with_prefill
 from qnext.planner.search import meshes, ranked
 from tests.samples import FUSED
 
@@ -36,7 +36,7 @@ LOAD = Load(requests=10, prompt=300, output=100)
 
 def config_of(mesh: Mesh | None = None, **changes: Any) -> Config:
     config = qn.Config.from_hf(SIZES | changes).with_precision(compute=BF16, state=BF16)
-    return of_mesh(config, mesh or Mesh())
+    return replace(config, mesh=mesh or Mesh())
 
 
 def published() -> Config:
@@ -192,14 +192,14 @@ def test_guesses_make_steps_longer_and_tokens_cheaper() -> None:
 
 
 def test_hccl_buffers_by_the_page_s_formula() -> None:
-    config, load = of_mesh(published(), Mesh(tp=4, dp=4)), Load()
+    config, load = replace(published(), mesh=Mesh(tp=4, dp=4)), Load()
     tokens, local = 512, 32  # of a prompt, what one call takes
     row = -(-(4096 + 64) // 512) * 512
     want = 2 * (local * tokens * 16 * row + 11 * tokens * 4096)
     assert buffer_bytes(config, load, A3) == want
-    assert buffer_bytes(of_mesh(published(), Mesh(tp=16)), load, A3) == 0
+    assert buffer_bytes(replace(published(), mesh=Mesh(tp=16)), load, A3) == 0
     want = 512 * 256 * (4096 + 4 * 16 * 4) + 104 * 2**20
-    assert buffer_bytes(of_mesh(published(), Mesh(tp=2, dp=8)), load, A2) == want
+    assert buffer_bytes(replace(published(), mesh=Mesh(tp=2, dp=8)), load, A2) == want
 
 
 def test_meshes_that_heads_allow() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import qnext as qn
-from qnext.arguments import DTYPES, add_model
+from qnext.arguments import DTYPES, Verbs, add_model, add_verb
 from qnext.bench.files import check_files
 from qnext.bench.steps.measure import Figure, measure_decode, measure_prefill
 from qnext.bench.steps.plot import draw_decode, draw_prefill
@@ -39,7 +39,7 @@ examples:
 """
 
 
-def add_steps(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_steps(kinds: Verbs) -> None:
     """The two verbs under `qnext bench`."""
     decode = _verb(kinds, "decode", "decode steps on this machine", DECODE, DECODE_EXAMPLES)
     decode.add_argument(
@@ -65,19 +65,13 @@ def add_steps(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 
 def _verb(
-    kinds: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    kinds: Verbs,
     name: str,
     help: str,
     description: str,
     epilog: str,
 ) -> argparse.ArgumentParser:
-    verb = kinds.add_parser(
-        name,
-        help=help,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    verb = add_verb(kinds, name, help, description, epilog)
     add_model(verb)
     verb.add_argument("--w8a8", action="store_true", help="quantise a float model before")
     verb.add_argument(

@@ -27,7 +27,7 @@ from qnext.lowering.npu.patterns import (
 )
 from qnext.lowering.npu.w8a8 import calls as int8_calls
 from qnext.lowering.npu.w8a8 import emit as w8a8
-from qnext.lowering.rules import Match
+from qnext.lowering.rules import Match, Rule
 from qnext.lowering.simplify import static_of
 from qnext.lowering.target import Target
 
@@ -40,6 +40,37 @@ FEWEST, MOST = 2, 384  # ranks of an A3
 RELAYS = (16, 32, 64)  # ranks of an A2
 WIDTHS = {DIRECT: (1024, 7168), RELAYED: (32, 7168)}
 SUMMED = 512  # experts that `combine` takes; newer releases: 1024
+
+Guard = Callable[..., str | None]
+Computed = Callable[..., tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]
+
+
+def rules(int8: bool, products: str, guard: Guard) -> tuple[Rule, ...]:
+    """The fused calls, a rule a kind of chip, then the gather that every chip has.
+
+    products: the calls that compute float or int8 experts. guard: theirs.
+    """
+    prefix = "int8_experts" if int8 else "experts"
+    fused = (
+        Rule(
+            f"{prefix}_{kind}",
+            "linear",
+            sender(kind, int8),
+            f"npu_moe_distribute_dispatch_v2, {products}, npu_moe_distribute_combine_v2",
+            guard_of(kind, guard),
+            sent_experts,
+        )
+        for kind in TOKENS
+    )
+    gathered = Rule(
+        f"{prefix}_gathered",
+        "linear",
+        gatherer(int8),
+        f"HcclAllGather, npu_moe_init_routing_v2, {products}, HcclReduceScatter",
+        guard,
+        gathered_experts,
+    )
+    return *fused, gathered
 
 
 def gathered_experts(node: Node) -> Match | None:
@@ -85,7 +116,7 @@ def _as_it_came(experts: Node, sender: Node) -> bool:
     )
 
 
-def guard_of(kind: str, inner: Callable[..., str | None]) -> Callable[..., str | None]:
+def guard_of(kind: str, inner: Guard) -> Guard:
     """The guard of the fused calls as a chip has them, and of the experts between."""
 
     def guard(
@@ -138,9 +169,6 @@ def sender(kind: str, int8: bool) -> Callable[..., tuple[Tensor, ...]]:
         return sums[0] if len(sums) == 1 else torch.cat(sums), *others
 
     return emit
-
-
-Computed = Callable[..., tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]
 
 
 def _summed(

@@ -262,25 +262,7 @@ RULES = (
         _experts_held,
         ranks.held_experts,
     ),
-    *(
-        Rule(
-            f"experts_{kind}",
-            "linear",
-            dispatch.sender(kind, int8=False),
-            "npu_moe_distribute_dispatch_v2, npu_grouped_matmul, npu_moe_distribute_combine_v2",
-            dispatch.guard_of(kind, _experts_sent),
-            dispatch.sent_experts,
-        )
-        for kind in dispatch.TOKENS
-    ),
-    Rule(
-        "experts_gathered",
-        "linear",
-        dispatch.gatherer(int8=False),
-        "HcclAllGather, npu_moe_init_routing_v2, npu_grouped_matmul, HcclReduceScatter",
-        _experts_sent,
-        dispatch.gathered_experts,
-    ),
+    *dispatch.rules(False, "npu_grouped_matmul", _experts_sent),
     Rule("reduced", "all_reduce", collective.reduced, "HcclAllReduce"),
     Rule("gathered", "all_gather", collective.gathered, "HcclAllGather"),
     Rule("joined", "linear", emit.join, "matmul", _x, patterns.joined_linears),

@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 #define API __attribute__((visibility("default")))
-enum { INTERNAL = 4, ROOT_BYTES = 4108 };
+enum { INTERNAL = 4 };
 enum { ROOT, JOIN, LEAVE, NAME, ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, BROADCAST, ALL_TO_ALL, SCATTER, SLOTS };
 API void *softnpu_hccl[SLOTS];
 

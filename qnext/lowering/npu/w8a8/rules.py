@@ -141,25 +141,7 @@ RULES = (
         _experts_held,
         ranks.held_experts,
     ),
-    *(
-        Rule(
-            f"int8_experts_{kind}",
-            "linear",
-            dispatch.sender(kind, int8=True),
-            f"npu_moe_distribute_dispatch_v2, {GROUPED}, npu_moe_distribute_combine_v2",
-            dispatch.guard_of(kind, _experts_sent),
-            dispatch.sent_experts,
-        )
-        for kind in dispatch.TOKENS
-    ),
-    Rule(
-        "int8_experts_gathered",
-        "linear",
-        dispatch.gatherer(int8=True),
-        f"HcclAllGather, npu_moe_init_routing_v2, {GROUPED}, HcclReduceScatter",
-        _experts_sent,
-        dispatch.gathered_experts,
-    ),
+    *dispatch.rules(True, GROUPED, _experts_sent),
     Rule(
         "add_norm_tokens",
         "rms_norm",

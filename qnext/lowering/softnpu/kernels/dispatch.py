@@ -19,7 +19,7 @@ from qnext.lowering.softnpu.hccl import COMMUNICATORS, Communicator
 from qnext.lowering.softnpu.kernels.elementwise import write
 from qnext.lowering.softnpu.kernels.quant import per_token
 
-NOTE, SERVER = 128, 8
+NOTE = 128
 RELAYS = (16, 32, 64)
 SOURCE, TOKEN, CHOICE = range(3)  # what is noted of a row
 
