@@ -16,7 +16,7 @@ PAGE = """\
 
 The `cpu` target and llama.cpp on one checkpoint, each run a process of its own, in turn. Written by
 
-```
+```bash
 {command}
 ```
 

@@ -1,25 +1,33 @@
-"""The Python in the README and in docs/ runs, block after block of a page in one namespace."""
+"""Code of the README and of docs/ runs, block after block of a page: Python in one namespace.
 
-import re
+Every block says what it is: `bash` runs in test_shell.py, `python ranks` in several processes
+(tests/parallel/test_parallel_page.py), `python npu` on the software Ascend (tests/npu/test_lowering_page.py).
+"""
+
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\(([^)#:]+)\)")
+from tests.docs.pages import LINK, PAGES, ROOT, blocks
+
+KINDS = {"python", "python ranks", "python npu", "bash", "text"}
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=str)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
 def test_python_blocks_run(page: Path) -> None:
     names: dict[str, Any] = {}
-    for block in BLOCK.findall(page.read_text()):
+    for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), names)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_blocks_say_what_they_are(page: Path) -> None:
+    fences = [line[3:] for line in page.read_text().splitlines() if line.startswith("```")]
+    assert {*fences[::2]} <= KINDS and not any(fences[1::2])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     broken = [to for to in LINK.findall(page.read_text()) if not (page.parent / to).exists()]
     assert broken == []

@@ -23,7 +23,7 @@ def blocks() -> dict[str, str]:
     parts = re.split(r"^## (.+)$", text, flags=re.M)[1:]
     found = {}
     for heading, body in zip(parts[::2], parts[1::2], strict=True):
-        (found[heading],) = re.findall(r"```\n(.*?)```", body, re.S)
+        (found[heading],) = re.findall(r"```bash\n(.*?)```", body, re.S)
     return found
 
 

@@ -22,6 +22,7 @@ from tests.server.test_process import process
 
 TRANSPORT = "mooncake" if has_mooncake() else "group"
 SECONDS = 120.0
+HANDOFF = 15.0  # seconds that a decoder waits: the first steps of a busy machine take some
 SIZES = ("--rows", "3", "--capacity", "512", "--chunk", "64", "--transport", TRANSPORT)
 QUESTION = (
     "Question: Mia has 12 apples. She buys 7 more and then gives 5 to Tom. How many are left?"
@@ -101,7 +102,7 @@ def started(*options: str, draft: int) -> Iterator[Sides]:
             return Server(*stack.enter_context(process(*SIZES, *options, *more)))
 
         guesses = ("--draft", str(draft))
-        decode = server("--role", "decode", *guesses, "--handoff-seconds", "5")
+        decode = server("--role", "decode", *guesses, "--handoff-seconds", str(HANDOFF))
         yield Sides(server("--role", "prefill", *guesses), decode, server())
 
 
@@ -296,7 +297,7 @@ def test_a_room_that_nobody_reads_costs_time_only(sides: Sides) -> None:
     body = {"prompt": QUESTION, "temperature": 0, "max_tokens": 12}
     began = time.monotonic()
     answer = sides.decode.post("/v1/completions", **body, **placed, bootstrap_room=99_999)
-    assert 4.5 < time.monotonic() - began < 30
+    assert HANDOFF - 0.5 < time.monotonic() - began < HANDOFF + 25
     assert texts(answer) == texts(sides.alone.post("/v1/completions", **body))
     assert sides.decode.figure("qnext:handoff_failures_total") >= 1 and sides.decode.is_clean()
 
@@ -313,7 +314,7 @@ def test_a_prefiller_that_is_gone_costs_time_only(sides: Sides, how: signal.Sign
         placed = {"bootstrap_host": "127.0.0.1", "bootstrap_port": port, "bootstrap_room": 5}
         began = time.monotonic()
         answer = sides.decode.post("/v1/completions", **body, **placed)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < HANDOFF + 5
         assert texts(answer) == want and sides.decode.is_clean()
         started.kill()
     after = {name: sides.decode.figure(_failed(name)) for name in ("unreachable", "cancelled")}
