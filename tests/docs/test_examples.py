@@ -1,7 +1,8 @@
 """Code of the README and of docs/ runs, block after block of a page: Python in one namespace.
 
 Every block says what it is: `bash` runs in test_shell.py, `python ranks` in several processes
-(tests/parallel/test_parallel_page.py), `python npu` on the software Ascend (tests/npu/test_lowering_page.py).
+(tests/parallel/test_parallel_page.py), `python npu` on the software Ascend
+(tests/npu/test_lowering_page.py).
 """
 
 from pathlib import Path
