@@ -91,7 +91,8 @@ const checks = {
     let seen = 0;
     const chunks = await client.completions.create({ ...long, stream: true }, options);
     for await (const _ of chunks) if (++seen === 3) controller.abort();
-    assert.equal(seen, 3);
+    // tokens that one read brought are still handed out; the rest never comes
+    assert.ok(seen >= 3 && seen < long.max_tokens / 2, `${seen} tokens`);
   },
 
   async abort_whole() {
