@@ -1,7 +1,7 @@
 """Code of the README and of docs/ runs, block after block of a page: Python in one namespace.
 
-Every block says what it is: `bash` runs in test_shell.py, `python ranks` in several processes
-(tests/parallel/test_parallel_page.py), `python npu` on the software Ascend
+Every block says what it is: `bash` runs in test_shell.py, Python with a title elsewhere, in
+several processes (tests/parallel/test_parallel_page.py) or on the software Ascend
 (tests/npu/test_lowering_page.py).
 """
 
@@ -12,7 +12,8 @@ import pytest
 
 from tests.docs.pages import LINK, PAGES, ROOT, blocks
 
-KINDS = {"python", "python ranks", "python npu", "bash", "text"}
+TITLED = {'python title="in each of four processes"', 'python title="on an NPU"'}
+KINDS = {"python", "bash", "text", *TITLED}
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)

@@ -16,7 +16,7 @@ def test_the_block_for_a_machine_with_an_npu() -> None:
     step = qn.jit(given.function, donate="state")
     names: dict[str, Any] = {"params": weights, "state": state, "tokens": tokens}
     names["lowered"] = step.trace(*given.arguments).lower(here(), strict=True)
-    (block,) = blocks(ROOT / "docs" / "lowering.md", "python npu")
+    (block,) = blocks(ROOT / "docs" / "lowering.md", 'python title="on an NPU"')
     exec(compile(block, "docs/lowering.md", "exec"), names)
 
     again = qn.jit(given.function).trace(*given.arguments).lower(here(), strict=True).compile()

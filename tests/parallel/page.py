@@ -12,7 +12,7 @@ from tests.docs.pages import ROOT, blocks
 
 def run_block(beside: Path, prompt: torch.Tensor) -> tuple[str, torch.Tensor]:
     """(a rank's name, the tokens that it generates), with the page's checkpoint in a directory."""
-    (block,) = blocks(ROOT / "docs" / "parallel.md", "python ranks")
+    (block,) = blocks(ROOT / "docs" / "parallel.md", 'python title="in each of four processes"')
     names: dict[str, Any] = {"qn": qn, "prompt": prompt}
     before = Path.cwd()
     os.chdir(beside)
