@@ -1,7 +1,6 @@
 """Arguments that several commands have, and the model that they name."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -12,8 +11,6 @@ from qnext.functional.speculate import check_module
 from qnext.text import Tokenizer
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-
-
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -49,15 +46,6 @@ def architecture(model: str | None) -> qn.Config:
         return qn.demo().config
     known = PUBLISHED in model.lower() and not Path(model).exists()
     return qn.Config.from_hf({"model_type": "qwen3_next"} if known else model)
-
-
-def shared_mesh(config: qn.Config, tp: int, dp: int, ep: int) -> qn.Mesh:
-    """A mesh without process groups whose ranks hold the whole vocabulary where tp cannot share it.
-
-    Raises InputError.
-    """
-    mesh = qn.Mesh(tp, dp, ep)
-    return replace(mesh, whole=() if config.vocab_size % tp == 0 else ("vocab",))
 
 
 def add_draft(verb: argparse.ArgumentParser) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 import qnext as qn
-from qnext.arguments import PUBLISHED, Verbs, add_verb, architecture, shared_mesh
+from qnext.arguments import PUBLISHED, Verbs, add_verb, architecture
 from qnext.bench.files import check_file
 from qnext.errors import InputError
+from qnext.functional.mesh import Mesh
 from qnext.functional.quantize import quantize
 from qnext.lowering.stages import Lowered
 from qnext.lowering.target import TARGETS, resolve
@@ -114,7 +115,7 @@ def lower(args: argparse.Namespace) -> Lowered:
     dtype = DTYPES[args.dtype]
     config = config.with_precision(compute=dtype, state=dtype)
     mtp = max(config.mtp_layers, int(args.step == "speculate"))
-    mesh = shared_mesh(config, args.tp, args.dp, args.ep)
+    mesh = Mesh(args.tp, args.dp, args.ep).for_vocab(config.vocab_size)
     config = replace(config, mesh=mesh, mtp_layers=mtp)
     seq = {"prefill": args.seq, "verify": args.draft + 1}.get(args.step)
     if seq is not None and seq > args.capacity:

@@ -178,7 +178,7 @@ def _holds(tree: Any, seen: dict[str, int]) -> bool:
 
 
 def _leaf_holds(value: Any, hint: Any, seen: dict[str, int]) -> bool:
-    """Ask jaxtyping, unless all axes are known to fit: it takes ten times as long to say so."""
+    """Ask jaxtyping, which takes its time, unless all axes are known and fit."""
     said = leaf_hint(hint)
     if isinstance(value, Tensor) and said.admits(value.dtype):
         sizes = tuple(map(seen.get, said.axes))

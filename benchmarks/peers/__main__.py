@@ -29,7 +29,7 @@ from benchmarks.eager import checkpoint, where_measured
 from benchmarks.peers import noise
 from benchmarks.peers.page import draw, faults, memory, page, rate, rates_table, start, starts_table
 from benchmarks.peers.runs import PEER, PRECISIONS, SIDES, STARTS, Cell, Run, Setup, until_clean
-from qnext.bench.files import check_files
+from qnext.bench.files import check_file, check_files
 
 CASES = ("decode1", "decode8", "prefill", "cold")
 
@@ -59,10 +59,7 @@ def check_options(args: argparse.Namespace, setup: Setup) -> None:
     if "cold" in args.cases and not hasattr(os, "posix_fadvise"):
         raise qn.InputError("--cases cold: this system cannot put a file out of its page cache")
     check_files(args.json, args.plot)
-    if args.roofline and (args.roofline.is_dir() or not args.roofline.parent.is_dir()):
-        raise qn.InputError(
-            f"--roofline {args.roofline}: must be a file in a directory that exists"
-        )
+    check_file("--roofline", args.roofline)
     setup.check(args.only)
 
 

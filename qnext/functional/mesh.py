@@ -12,7 +12,7 @@ parts.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from qnext.errors import InputError
@@ -108,6 +108,10 @@ class Mesh:
         """Over how many ranks a logical axis is divided; 1: it is whole."""
         axis = None if logical in self.whole else TABLE.get(logical)
         return self.size(axis) if axis else 1
+
+    def for_vocab(self, size: int) -> "Mesh":
+        """This mesh, with the vocabulary whole where tp ranks cannot share so many tokens."""
+        return replace(self, whole=() if size % self.tp == 0 else ("vocab",))
 
     def units(self, block: Block) -> range:
         """Which of a block's units this rank holds; InputError where they cannot be shared."""

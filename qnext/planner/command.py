@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from qnext.arguments import PUBLISHED, Verbs, add_verb, architecture, shared_mesh
+from qnext.arguments import PUBLISHED, Verbs, add_verb, architecture
 from qnext.bench.files import check_files
 from qnext.errors import InputError
 from qnext.functional.config import Config
@@ -154,7 +154,7 @@ def mesh_of(args: argparse.Namespace, config: Config) -> tuple[Mesh | None, str]
             f"(tp {tp // dp}, dp {dp})"
         )
         tp //= dp
-    mesh = shared_mesh(config, tp, dp, ep or 0)
+    mesh = Mesh(tp, dp, ep or 0).for_vocab(config.vocab_size)
     if mesh.ranks != cards:
         raise InputError(
             f"tp = {tp} times dp = {dp} are {mesh.ranks} cards, --cards says {cards}: "

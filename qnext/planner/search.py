@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from qnext.arguments import shared_mesh
 from qnext.errors import InputError
 from qnext.functional.config import Config
 from qnext.functional.mesh import Block, Mesh
@@ -49,7 +48,7 @@ def promised(config: Config, int8: bool, mesh: Mesh, load: Load, machine: Machin
 def _mesh(config: Config, tp: int, dp: int, ep: int) -> Iterator[Mesh]:
     """The mesh, if heads and experts can be shared so; the vocabulary stays whole where it must."""
     try:
-        mesh = shared_mesh(config, tp, dp, ep)
+        mesh = Mesh(tp, dp, ep).for_vocab(config.vocab_size)
         for blocks in _axes(config):
             mesh.spans(blocks)
     except InputError:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.pages import ROOT, blocks
 from tests.ports import free_port
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "first_steps.md"
 SECONDS = 1500
 DONE = "-- block {} ended with $? after $SECONDS s --"
@@ -17,20 +17,10 @@ DONE = "-- block {} ended with $? after $SECONDS s --"
 pytestmark = pytest.mark.slow
 
 
-def blocks() -> dict[str, str]:
-    """The page's blocks by the heading that each stands under."""
-    text = PAGE.read_text()
-    parts = re.split(r"^## (.+)$", text, flags=re.M)[1:]
-    found = {}
-    for heading, body in zip(parts[::2], parts[1::2], strict=True):
-        (found[heading],) = re.findall(r"```bash\n(.*?)```", body, re.S)
-    return found
-
-
 def test_each_block_does_what_the_page_says(tmp_path: Path) -> None:
     port = free_port()
     script = ["set -m"]  # a terminal's job control: `kill %1`
-    for number, block in enumerate(blocks().values()):
+    for number, block in enumerate(blocks(PAGE, "bash")):
         pasted = block.replace("REPOSITORY", str(ROOT)).replace("8000", str(port))
         script += [pasted, f'echo "{DONE.format(number)}"']
     begun = time.monotonic()

@@ -22,7 +22,6 @@ from tests.server.test_process import process
 
 TRANSPORT = "mooncake" if has_mooncake() else "group"
 SECONDS = 120.0
-HANDOFF = 15.0  # seconds that a decoder waits: the first steps of a busy machine take some
 SIZES = ("--rows", "3", "--capacity", "512", "--chunk", "64", "--transport", TRANSPORT)
 QUESTION = (
     "Question: Mia has 12 apples. She buys 7 more and then gives 5 to Tom. How many are left?"
@@ -102,13 +101,17 @@ def started(*options: str, draft: int) -> Iterator[Sides]:
             return Server(*stack.enter_context(process(*SIZES, *options, *more)))
 
         guesses = ("--draft", str(draft))
-        decode = server("--role", "decode", *guesses, "--handoff-seconds", str(HANDOFF))
+        decode = server("--role", "decode", *guesses, "--handoff-seconds", "5")
         yield Sides(server("--role", "prefill", *guesses), decode, server())
 
 
 @pytest.fixture(scope="module")
 def sides() -> Iterator[Sides]:
+    """Both have made their steps, which on a busy machine takes longer than a decoder waits."""
     with started(draft=1) as made:
+        body = {"prompt": QUESTION[::-1], "temperature": 0, "max_tokens": 3}
+        for reply in made.as_sglang("/v1/completions", **body):
+            assert reply.status_code == 200, reply.text
         yield made
 
 
@@ -295,11 +298,13 @@ def test_a_room_that_nobody_reads_costs_time_only(sides: Sides) -> None:
     """The decoder's offer waits; then it reads the prompt itself."""
     placed = {"bootstrap_host": "127.0.0.1", "bootstrap_port": sides.prefill.port}
     body = {"prompt": QUESTION, "temperature": 0, "max_tokens": 12}
+    before = sides.decode.figure("qnext:handoff_failures_total")
     began = time.monotonic()
     answer = sides.decode.post("/v1/completions", **body, **placed, bootstrap_room=99_999)
-    assert HANDOFF - 0.5 < time.monotonic() - began < HANDOFF + 25
+    assert 4.5 < time.monotonic() - began < 30
     assert texts(answer) == texts(sides.alone.post("/v1/completions", **body))
-    assert sides.decode.figure("qnext:handoff_failures_total") >= 1 and sides.decode.is_clean()
+    assert sides.decode.figure("qnext:handoff_failures_total") == before + 1
+    assert sides.decode.is_clean()
 
 
 @pytest.mark.slow
@@ -314,7 +319,7 @@ def test_a_prefiller_that_is_gone_costs_time_only(sides: Sides, how: signal.Sign
         placed = {"bootstrap_host": "127.0.0.1", "bootstrap_port": port, "bootstrap_room": 5}
         began = time.monotonic()
         answer = sides.decode.post("/v1/completions", **body, **placed)
-        assert time.monotonic() - began < HANDOFF + 5
+        assert time.monotonic() - began < 10
         assert texts(answer) == want and sides.decode.is_clean()
         started.kill()
     after = {name: sides.decode.figure(_failed(name)) for name in ("unreachable", "cancelled")}
