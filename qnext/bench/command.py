@@ -6,7 +6,6 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qnext.arguments import Verbs, add_verb
 from qnext.bench.figures import Figures, measure, report
 from qnext.bench.files import check_files
 from qnext.bench.plot import draw
@@ -38,7 +37,7 @@ The exit status is 1 where no request was answered.
 """
 
 
-def add_bench(verbs: Verbs) -> None:
+def add_bench(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     bench = verbs.add_parser(
         "bench",
         help="measure a server, or steps on this machine",
@@ -46,7 +45,13 @@ def add_bench(verbs: Verbs) -> None:
     )
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND")
     add_steps(kinds)
-    verb = add_verb(kinds, "serve", "load for a server with OpenAI's API", DESCRIPTION, EXAMPLES)
+    verb = kinds.add_parser(
+        "serve",
+        help="load for a server with OpenAI's API",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     _add_server(verb)
     _add_load(verb)
     _add_prompts(verb)
