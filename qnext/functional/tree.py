@@ -140,24 +140,29 @@ def _template(
     """How to take the leaves of a tree like this one, and how to make one of leaves."""
     if isinstance(tree, tuple):
         kind, parts = type(tree), [_template(part, fits) for part in tree]
+        takes, makes = [take for take, _ in parts], [make for _, make in parts]
 
         def take_tuple(other: Any, found: list[Any]) -> bool:
-            if type(other) is not kind or len(other) != len(parts):
+            if type(other) is not kind or len(other) != len(takes):
                 return False
-            return all(take(part, found) for (take, _), part in zip(parts, other, strict=True))
+            for take, part in zip(takes, other):  # noqa: B905
+                if not take(part, found):
+                    return False
+            return True
 
         def make_tuple(new: Any) -> Any:
-            made = (make(new) for _, make in parts)
+            made = [make(new) for make in makes]
             return tuple(made) if kind is tuple else kind(*made)
 
         return take_tuple, make_tuple
     mine = leaves(tree)
     checks = [fits(leaf) for leaf in mine]
     if len(mine) == 1 and mine[0] is tree:
+        check = checks[0]
 
         def take_leaf(other: Any, found: list[Any]) -> bool:
             found.append(other)
-            return checks[0](other)
+            return check(other)
 
         return take_leaf, next
 

@@ -24,6 +24,7 @@ from qnext.lowering.target import Target
 from qnext.lowering.trace import Trace, bind, named_leaves
 
 if TYPE_CHECKING:
+    from qnext.lowering.cpu.step import Whole
     from qnext.lowering.npu.capture import Captured
     from qnext.lowering.stages import Lowered
 
@@ -72,7 +73,8 @@ class Compiled:
 
     def __init__(self, parts: Parts, lower: Callable[[], "Lowered"]) -> None:
         self.parts, self._lower = parts, lower
-        self.made, self.graph, self._prepare = made, _, prepare = parts
+        self.made, self.graph, self._prepare = made, graph, prepare = parts
+        self._whole = _whole(graph) if made.target.kind == "cpu" else None
         self._weights = _inputs_used(prepare) if prepare else []
         fits = self._fits
         self._trees = {name: Template(tree, fits) for name, tree in made.arguments.items()}
@@ -93,7 +95,10 @@ class Compiled:
         return self.lowered.trace
 
     def __call__(self, *args: Any, host: Host = None, **kwargs: Any) -> Any:
-        arguments = bind(self.made.function, args, kwargs)
+        if kwargs or len(args) != len(self._trees):
+            arguments = bind(self.made.function, args, kwargs)
+        else:
+            arguments = dict(zip(self._trees, args, strict=True))
         self.check(arguments)
         return self.call(arguments, host)
 
@@ -175,6 +180,8 @@ class Compiled:
         def check(got: Any) -> bool:
             if not isinstance(got, Tensor) or got.shape != shape or got.dtype != dtype:
                 return False
+            if kind == "cpu":
+                return got.is_cpu
             return kind == "reference" or got.device.type == kind
 
         return check
@@ -194,11 +201,21 @@ class Compiled:
         """Run on arguments that fit."""
         lists = checked(self.made.host, host, self.made.name)
         given = self.take(arguments)
+        if self._whole:
+            return self._call_whole(self._whole, arguments, given)
         with torch.no_grad():
             results = self.graph(*given, *self.packed(given), *lists)
         passed = {id(leaf) for leaf in given}
         # results are objects of their own, for a donated object stays marked as such
         return self.give(arguments, [r.detach() if id(r) in passed else r for r in results])
+
+    def _call_whole(self, whole: "Whole", arguments: dict[str, Any], given: list[Tensor]) -> Any:
+        """The same of a graph that is one program, which runs when all else is done."""
+        begun = whole.begin([*given, *self.packed(given)])
+        made = self._result.rebuild([result.detach() for result in begun.results])
+        whole.step.run(begun)
+        self._give_up(arguments)
+        return made
 
     def take(self, arguments: dict[str, Any]) -> list[Tensor]:
         """The tensors of arguments, in the graph's order; DonatedError if one was given away."""
@@ -212,11 +229,14 @@ class Compiled:
 
     def give(self, arguments: dict[str, Any], results: list[Tensor]) -> Any:
         """The result's tree; the donated arguments are given up with it."""
+        self._give_up(arguments)
+        return self._result.rebuild(results)
+
+    def _give_up(self, arguments: dict[str, Any]) -> None:
         fitting, self._current = self._fitting(arguments) or {}, None
         for name in self.made.donate:
             for leaf in fitting.get(name) or leaves(arguments[name]):
                 give_up(leaf, self.made.name)
-        return self._result.rebuild(results)
 
     def packed(self, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The constants of these weights, computed when other weights come."""
@@ -228,6 +248,12 @@ class Compiled:
             constants = tuple(self._prepare(*given))
             self._packed = weights, constants
         return constants
+
+
+def _whole(graph: GraphModule) -> "Whole | None":
+    from qnext.lowering.cpu.step import whole
+
+    return whole(graph)
 
 
 def _inputs_used(graph: GraphModule) -> list[int]:

@@ -68,6 +68,8 @@ def updates(graph: Graph) -> list[tuple[str, str]]:
 
 def checked(wanted: Sequence[HostArgument], given: Any, function: str) -> list[list[int]]:
     """The lists for a call, in order; LoweringError names what is absent or out of range."""
+    if given is None and not wanted:
+        return []
     given = {} if given is None else given
     if not isinstance(given, Mapping) or given.keys() != {argument.name for argument in wanted}:
         names = ", ".join(f"{a.name!r}: [{a.rows} integers]" for a in wanted)

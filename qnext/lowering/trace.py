@@ -88,7 +88,9 @@ def _alike(tree: Any, other: Any) -> bool:
 
 def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
     """Arguments by the names of the function's parameters."""
-    signature = _signature(function)
+    signature, names = _signature(function)
+    if not kwargs and len(args) <= len(names):
+        return dict(zip(names, args, strict=False))
     try:
         return dict(signature.bind_partial(*args, **kwargs).arguments)
     except TypeError as error:
@@ -96,8 +98,11 @@ def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> di
 
 
 @lru_cache(maxsize=64)  # asked anew with every step otherwise
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(function)
+def _signature(function: Callable[..., Any]) -> tuple[inspect.Signature, list[str]]:
+    """And the names of the parameters that may be given by place."""
+    signature = inspect.signature(function)
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return signature, [p.name for p in signature.parameters.values() if p.kind in by_place]
 
 
 def paths(tree: Any, root: str) -> list[tuple[str, Any]]:

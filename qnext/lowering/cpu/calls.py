@@ -5,6 +5,7 @@ and numbers in theirs. Types say which dtypes it takes: a letter is float32 or b
 wherever it stands in the call.
 """
 
+from array import array
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from qnext.functional.ops import PRIMITIVES
 from qnext.functional.ops.quant import OVER, RECIPROCAL, TIMES
 from qnext.lowering.calls import CALLS, Call, call_of, register
 from qnext.lowering.cpu.between import BETWEEN, OPERATIONS
-from qnext.lowering.cpu.library import KINDS, Instruction, Operand, Program, load, short
+from qnext.lowering.cpu.library import ADDRESS, KINDS, Instruction, Operand, Program, load, short
 
 PREFIX = "cpu_"
 INDEX, BOOL = "index", "bool"
@@ -134,7 +135,7 @@ def _launch(name: str, shapes: Callable[..., Any], arguments: dict[str, Any]) ->
     operands = (Operand(i, 0, tuple(t.shape), t.stride(), t.dtype) for i, t in enumerate(memory))
     rest = (value for value in arguments.values() if not isinstance(value, Tensor))
     step = Instruction(name, tuple(operands), numbers(rest))
-    addresses = [piece.data_ptr() for piece in memory]
+    addresses = array(ADDRESS, (piece.data_ptr() for piece in memory))
     Program([step], load("native")).run(addresses, torch.get_num_threads())
     results = [*fresh, *(arguments[written] for written in kernel.writes)]
     return tuple(results) if isinstance(made, tuple) else results[0]

@@ -1,11 +1,12 @@
 """The compiled kernels as Python sees them: the C structures, and lists of calls to run."""
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,7 +26,12 @@ KINDS = {
 }
 FLOATS = (torch.float32, torch.bfloat16)
 OPENMP = ("libgomp*.so*", "libomp*.so*", "libomp*.dylib")
+ADDRESS = "Q"  # an array's type
 Library: TypeAlias = ctypes.CDLL
+if TYPE_CHECKING:
+    Addresses: TypeAlias = array[int]
+else:
+    Addresses = array  # takes no type before Python 3.12
 _Axes = ctypes.c_int64 * MAX_DIMS
 
 
@@ -98,18 +104,17 @@ class Program:
             assert call.kernel, f"the library has no kernel {each.kernel}"
         self._lock = Lock()  # addresses are written into the tensors: one run at a time
 
-    def run(self, memory: Sequence[int], threads: int) -> None:
+    def run(self, memory: Addresses, threads: int) -> None:
         """Run on pieces of memory, given by the addresses of their first elements.
 
         Raises InputError where an index (a token's id) points to nothing; what would have followed
         is not computed.
         """
-        addresses = (ctypes.c_void_p * len(memory))(*memory)
         with self._lock:
             self._fault.value = 0
             self._library.qnext_run(
                 *(self._calls, len(self._calls), self._tensors, len(self._tensors)),
-                *(self._memory, self._offset, addresses, threads),
+                *(self._memory, self._offset, memory.buffer_info()[0], threads),
             )
             fault = self._fault.value
         if fault:

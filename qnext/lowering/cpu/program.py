@@ -6,7 +6,7 @@ sees share one piece of memory, each for as long as somebody reads it.
 """
 
 from collections.abc import Collection, Sequence
-from operator import getitem, is_
+from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,8 @@ from qnext.errors import LoweringError
 from qnext.lowering.calls import call_of
 from qnext.lowering.constants import FREE, PACKED
 from qnext.lowering.cpu.calls import KERNELS, OPS, in_order, kernel_of, numbers
-from qnext.lowering.cpu.library import Instruction, Operand, Program, is_readable, load
+from qnext.lowering.cpu.library import Instruction, Operand, is_readable
+from qnext.lowering.cpu.step import Frame, Step
 from qnext.lowering.graph import argument_of, arguments, is_view, storage_of, tensors, value
 
 ALIGNMENT = 64  # bytes: a cache line
@@ -36,13 +37,25 @@ def fuse(module: GraphModule, weights: Collection[str], isa: str) -> None:
 
 
 def _take_over(graph: Graph) -> None:
-    """What donation added are kernels too: copies of pools, and values carried back to them."""
+    """What donation added are kernels too: copies of pools, and values carried back to them.
+
+    What does nothing goes.
+    """
     for node in graph.nodes:
         found, fits = call_of(node), node.op == "call_function" and is_readable(value(node))
-        if fits and found and found.name == "write_back":
+        if node.target is torch.ops.aten.to.dtype and _is_idle(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif fits and found and found.name == "write_back":
             node.target = OPS["write_back"]
         elif fits and node.target is torch.ops.aten.clone.default and len(node.args) == 1:
             node.target, node.args, node.kwargs = OPS["copy"], (), {"x": node.args[0]}
+
+
+def _is_idle(node: Node) -> bool:
+    """Whether a change of dtype changes nothing: it returns what it was given."""
+    given, dtype, *more = node.args
+    return not more and not node.kwargs and value(given).dtype == dtype
 
 
 def _is_fixed(node: Node, weights: Collection[str]) -> bool:
@@ -147,7 +160,7 @@ class _Layout:
         if storage in self._kept:
             self.outputs.append(tensor)
             self.results[storage] = ~(len(self.outputs) - 1)
-            piece = _Piece(-len(self.outputs), 0)  # counted from the end, see Step.forward
+            piece = _Piece(-len(self.outputs), 0)  # counted from the end, see Step.begin
         else:
             size = tensor.untyped_storage().nbytes()
             piece = _Piece(0, self._room(at, self._last_use.get(storage, at), size))
@@ -188,71 +201,6 @@ def _is_whole(tensor: Any) -> bool:
     if not isinstance(tensor, Tensor):
         return False
     return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-
-
-class _Weights(NamedTuple):
-    """The inputs that stay the same over many calls, and the addresses of their memory."""
-
-    given: list[Tensor]
-    places: list[int]  # where they are: `tensor.data = ...` moves one
-    together: list[Tensor]  # the same, or copies where they did not lie together
-    addresses: list[int]
-
-
-class Frame(NamedTuple):
-    """All that a program is, as data: memory 0 is the arena, then come inputs, then results."""
-
-    arena: int  # bytes
-    results: tuple[int, ...]  # what it returns: input i, or output ~i
-    outputs: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]  # size, stride
-    fixed: tuple[bool, ...]  # of each input: whether it depends on weights alone
-    instructions: tuple[Instruction, ...]
-
-
-class Step(torch.nn.Module):
-    """A program in a graph: takes its inputs, returns the results that outlive it.
-
-    Pools that it writes are returned as they came, unless they did not lie together. Inputs that
-    depend on weights alone are looked at when others come.
-    """
-
-    def __init__(self, frame: Frame, isa: str) -> None:
-        super().__init__()
-        self._made_of = frame, isa
-        self._arena, self._results, self._outputs, fixed, instructions = frame
-        self._program = Program(instructions, load(isa))
-        self._fixed = [i for i, each in enumerate(fixed) if each]
-        self._moving = [i for i, each in enumerate(fixed) if not each]
-        self._weights = _Weights([], [], [], [])
-
-    def __reduce__(self) -> Any:
-        return Step, self._made_of
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        weights = self._bound([inputs[i] for i in self._fixed])
-        moving = {i: _together(inputs[i]) for i in self._moving}
-        made = [torch.empty_strided(*shape, dtype=dtype) for *shape, dtype in self._outputs]
-        arena = torch.empty(self._arena, dtype=torch.uint8)
-        addresses = [arena.data_ptr(), *[0] * len(inputs), *(t.data_ptr() for t in reversed(made))]
-        for i, address in zip(self._fixed, weights.addresses, strict=True):
-            addresses[1 + i] = address
-        for i, tensor in moving.items():
-            addresses[1 + i] = tensor.data_ptr()
-        self._program.run(addresses, torch.get_num_threads())
-        return tuple(moving[at] if at >= 0 else made[~at] for at in self._results)
-
-    def _bound(self, given: list[Tensor]) -> _Weights:
-        weights, places = self._weights, [tensor.data_ptr() for tensor in given]
-        if places == weights.places and all(map(is_, given, weights.given)):
-            return weights
-        together = [_together(tensor) for tensor in given]
-        addresses = [tensor.data_ptr() for tensor in together]
-        self._weights = weights = _Weights(given, places, together, addresses)
-        return weights
-
-
-def _together(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _framed(layout: _Layout, results: Sequence[int], fixed: Sequence[bool]) -> Frame:

@@ -202,14 +202,20 @@ static void attend(const Call& c, int64_t b, int64_t key_head, Span tokens) {
       scaled[a * hd + i] = wide(query.at<X>(b, answers[a].token, answers[a].head)[i]) * c.number(0);
   for (int64_t first = 0; first < longest; first += page) {
     int64_t number = table.index(b, first / page), count = std::min(page, longest - first);
+    int64_t next = first + page < longest ? table.index(b, first / page + 1) : number;
+    Values<P> value{values.at<P>(number, 0, key_head), values.stride[1]};
+    auto key = [&](int64_t i) {  // what is read after it is asked for
+      fetch(value[i], hd);
+      if (next != number) fetch(keys.at<P>(next, i, key_head), hd);
+      return keys.at<P>(number, i, key_head);
+    };
     for (int64_t part = 0; part < count; part += ROW_BLOCK) {
       int64_t rows = std::min(ROW_BLOCK, count - part);
       product<P, float>(
-          rows, n, hd, [&](int64_t i) { return keys.at<P>(number, part + i, key_head); },
+          rows, n, hd, [&](int64_t i) { return key(part + i); },
           [&](int64_t j) { return scaled.data() + j * hd; },
           [&](int64_t j, const float* sums) { std::copy_n(sums, rows, &scores[j * page + part]); });
     }
-    Values<P> value{values.at<P>(number, 0, key_head), values.stride[1]};
     for (int64_t a = 0; a < n; a++) {
       answers[a].seen = std::max<int64_t>(std::min(count, answers[a].sees - first), 0);
       give_weights(answers[a], &scores[a * page]);

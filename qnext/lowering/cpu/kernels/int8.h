@@ -27,12 +27,14 @@ inline int32_t excess(const int8_t* x, int64_t n) {
 }
 
 template <int R, int T>
-inline void int8_dots(const int8_t* const* w, const int8_t* const* x, int64_t n, int32_t out[R][T]) {
+inline void int8_dots(const int8_t* const* w, const int8_t* const* x, int64_t n, int32_t out[R][T],
+                      bool stream) {
   const __m512i flip = _mm512_set1_epi8(char(0x80));
   __m512i sums[R][T];
   for (int r = 0; r < R; r++)
     for (int t = 0; t < T; t++) sums[r][t] = _mm512_setzero_si512();
   for (int64_t i = 0; i < n; i += 64) {
+    if (stream) fetch_ahead<R>(w, i);
     __m512i left[R];
     for (int r = 0; r < R; r++) left[r] = _mm512_xor_si512(some(w[r] + i, n - i), flip);
     for (int t = 0; t < T; t++) {
@@ -56,12 +58,14 @@ inline __m256i sixteen(const int8_t* p) {
 
 // Widened to 16 bits; a pair of products fits 32. (The 8-bit instruction saturates at 16.)
 template <int R, int T>
-inline void int8_dots(const int8_t* const* w, const int8_t* const* x, int64_t n, int32_t out[R][T]) {
+inline void int8_dots(const int8_t* const* w, const int8_t* const* x, int64_t n, int32_t out[R][T],
+                      bool stream) {
   __m256i sums[R][T];
   for (int r = 0; r < R; r++)
     for (int t = 0; t < T; t++) sums[r][t] = _mm256_setzero_si256();
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
+    if (stream && i % LINE == 0) fetch_ahead<R>(w, i);
     __m256i left[R];
     for (int r = 0; r < R; r++) left[r] = sixteen(w[r] + i);
     for (int t = 0; t < T; t++) {
@@ -84,7 +88,8 @@ inline void int8_dots(const int8_t* const* w, const int8_t* const* x, int64_t n,
 inline int32_t excess(const int8_t*, int64_t) { return 0; }
 
 template <int R, int T>
-inline void int8_dots(const int8_t* const* w, const int8_t* const* x, int64_t n, int32_t out[R][T]) {
+inline void int8_dots(const int8_t* const* w, const int8_t* const* x, int64_t n, int32_t out[R][T],
+                      bool stream) {
   for (int r = 0; r < R; r++)
     for (int t = 0; t < T; t++) {
       int32_t total = 0;

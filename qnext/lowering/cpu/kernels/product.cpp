@@ -6,11 +6,12 @@ namespace qnext {
 // The sums of R rows and T tokens from the j-th on.
 template <int R, int T, class W, class X>
 inline void one_tile(const W* const* w, Block<W, X>& x, int64_t n, int64_t i, int64_t apart, int64_t j) {
+  bool stream = j == 0;  // later tokens find them in the nearest cache
   typename Product<W>::type out[R][T];
   if constexpr (sizeof(W) == 1) {
-    int8_dots<R, T>(w, x.token + j, n, out);
+    int8_dots<R, T>(w, x.token + j, n, out, stream);
   } else {
-    dots<R, T>(w, x.token + j, n, out);
+    dots<R, T>(w, x.token + j, n, out, stream);
   }
   for (int t = 0; t < T; t++)
     for (int r = 0; r < R; r++) {

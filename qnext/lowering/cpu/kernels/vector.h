@@ -45,6 +45,20 @@ template <class T> inline Floats load(const T* p, int64_t count) {  // count num
   return load(numbers);
 }
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, Floats v) {  // as `narrow` of each
+  Words bits;
+  std::memcpy(&bits, &v, sizeof v);
+  Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  Halves half = __builtin_convertvector(v == v ? rounded : Words{} + 0x7fc0, Halves);
+  std::memcpy(p, &half, sizeof half);
+}
+
+// Asks for n numbers, or whatever lies there, to be brought into the second cache: in the first they
+// would push out what is under work (measured: states and keys of float32 12 to 30 % slower).
+constexpr int64_t LINE = 64;  // bytes
+template <class T> inline void fetch(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += LINE / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
+}
 
 inline Floats splat(float x) { return x - Floats{}; }
 
@@ -104,6 +118,19 @@ template <int N, class V> inline V pairs(V a, V b) {
   return pairs<N>(a, b, std::make_integer_sequence<int, sizeof(V) / 4>());
 }
 
+// The lanes of a, then of b, that have even numbers, and those that have odd ones.
+template <int... I> inline void split(Floats a, Floats b, Floats& even, Floats& odd, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  even = __builtin_shufflevector(a, b, 2 * I...), odd = __builtin_shufflevector(a, b, 2 * I + 1 ...);
+#else
+  typedef int32_t Places __attribute__((vector_size(sizeof(Floats))));
+  even = __builtin_shuffle(a, b, Places{2 * I...}), odd = __builtin_shuffle(a, b, Places{2 * I + 1 ...});
+#endif
+}
+inline void split(Floats a, Floats b, Floats& even, Floats& odd) {
+  split(a, b, even, odd, std::make_integer_sequence<int, LANES>());
+}
+
 // Lane i of the result is the sum of v[i], of as many vectors as a vector has lanes.
 template <int N, class V> inline V transposed_sum(const V* v) {
   if constexpr (N == 1) {
@@ -132,10 +159,20 @@ template <int N, class V, class E> inline void sum_each(const V* v, E* out) {
   }
 }
 
+// Rows of weights come from memory in as many streams as a tile has rows; each is asked for so many
+// bytes ahead, in the row after this one as well. The machine itself stops at the end of every page
+// (measured: 4 to 14 % more bandwidth; into the first cache 5 to 20 % less).
+constexpr int64_t AHEAD = 1024;
+template <int R, class W> inline void fetch_ahead(const W* const* w, int64_t i) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) fetch(reinterpret_cast<const char*>(w[r] + i) + AHEAD, 1);
+}
+
 // out[r][t] = w[r] . x[t] over n elements. The order of a sum depends on n alone: a token's result
-// is the same whatever shares its tile. What is left of n fills a vector up with zeros.
+// is the same whatever shares its tile. What is left of n fills a vector up with zeros. `stream`
+// tells whether the rows of w come from memory.
 template <int R, int T, class W, class X>
-inline void dots(const W* const* w, const X* const* x, int64_t n, float out[R][T]) {
+inline void dots(const W* const* w, const X* const* x, int64_t n, float out[R][T], bool stream = false) {
   Floats sums[R][T] = {};
   auto add = [&](auto take) __attribute__((always_inline)) {
     Floats left[R];
@@ -150,7 +187,10 @@ inline void dots(const W* const* w, const X* const* x, int64_t n, float out[R][T
     }
   };
   int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) add([&](auto* p) { return load(p + i); });
+  for (; i + LANES <= n; i += LANES) {
+    if (stream && i % int64_t(LINE / sizeof(W)) == 0) fetch_ahead<R>(w, i);
+    add([&](auto* p) { return load(p + i); });
+  }
   if (i < n) add([&](auto* p) { return load(p + i, n - i); });
   Floats all[R * T];
 #pragma GCC unroll 16
@@ -162,7 +202,7 @@ inline void dots(const W* const* w, const X* const* x, int64_t n, float out[R][T
 // The same of bfloat16 rows, where the machine multiplies pairs of them: exact products, summed in
 // float32 (numbers below 2^-126 count as 0).
 template <int R, int T>
-inline void dots(const bf16* const* w, const bf16* const* x, int64_t n, float out[R][T]) {
+inline void dots(const bf16* const* w, const bf16* const* x, int64_t n, float out[R][T], bool stream = false) {
   __m512 sums[R][T];
   for (int k = 0; k < R * T; k++) sums[k / T][k % T] = _mm512_setzero_ps();
   auto add = [&](auto take) __attribute__((always_inline)) {
@@ -177,7 +217,10 @@ inline void dots(const bf16* const* w, const bf16* const* x, int64_t n, float ou
     }
   };
   int64_t i = 0;
-  for (; i + 32 <= n; i += 32) add([&](const bf16* p) { return __m512bh(_mm512_loadu_si512(p + i)); });
+  for (; i + 32 <= n; i += 32) {
+    if (stream) fetch_ahead<R>(w, i);
+    add([&](const bf16* p) { return __m512bh(_mm512_loadu_si512(p + i)); });
+  }
   __mmask32 rest = (uint32_t(1) << (n - i)) - 1;  // fewer than 32
   if (rest) add([&](const bf16* p) { return __m512bh(_mm512_maskz_loadu_epi16(rest, p + i)); });
   Floats all[R * T];
