@@ -1,6 +1,7 @@
 """Trees of NamedTuples and tensors. The one file that imports torch's private modules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import repeat
 from typing import Any, TypeVar
 
 import torch
@@ -122,33 +123,39 @@ class Template:
 
     def __init__(self, tree: object, fits: Callable[[Any], Callable[[Any], bool]]) -> None:
         """`fits(leaf)` is asked once, and tells of others whether they may be in its place."""
-        self._take, self._make = _template(tree, fits)
+        self._take, self._make = _template(tree)
+        self._checks = [fits(leaf) for leaf in leaves(tree)]
+
+    def take(self, tree: object) -> list[Any] | None:
+        """The leaves of a tree of this structure; None where it is another."""
+        found: list[Any] = []
+        return found if self._take(tree, found) else None
+
+    def fits(self, given: list[Any]) -> bool:
+        """Whether all leaves of such a tree may be where they are."""
+        return all(check(leaf) for check, leaf in zip(self._checks, given, strict=True))
 
     def leaves(self, tree: object) -> list[Any] | None:
         """The leaves of a tree of this structure; None where it is another, or a leaf is."""
-        found: list[Any] = []
-        return found if self._take(tree, found) else None
+        found = self.take(tree)
+        return found if found is not None and self.fits(found) else None
 
     def rebuild(self, new_leaves: list[Any]) -> Any:
         """A tree of this structure with other leaves."""
         return self._make(iter(new_leaves))
 
 
-def _template(
-    tree: Any, fits: Callable[[Any], Callable[[Any], bool]]
-) -> tuple[Callable[[Any, list[Any]], bool], Callable[[Any], Any]]:
+def _template(tree: Any) -> tuple[Callable[[Any, list[Any]], bool], Callable[[Any], Any]]:
     """How to take the leaves of a tree like this one, and how to make one of leaves."""
     if isinstance(tree, tuple):
-        kind, parts = type(tree), [_template(part, fits) for part in tree]
+        kind, parts = type(tree), [_template(part) for part in tree]
         takes, makes = [take for take, _ in parts], [make for _, make in parts]
 
         def take_tuple(other: Any, found: list[Any]) -> bool:
             if type(other) is not kind or len(other) != len(takes):
                 return False
-            for take, part in zip(takes, other):  # noqa: B905
-                if not take(part, found):
-                    return False
-            return True
+            # a list, as many fewer calls than a generator
+            return all([take(part, found) for take, part in zip(takes, other, strict=True)])  # noqa: C419
 
         def make_tuple(new: Any) -> Any:
             made = [make(new) for make in makes]
@@ -156,21 +163,17 @@ def _template(
 
         return take_tuple, make_tuple
     mine = leaves(tree)
-    checks = [fits(leaf) for leaf in mine]
     if len(mine) == 1 and mine[0] is tree:
-        check = checks[0]
 
         def take_leaf(other: Any, found: list[Any]) -> bool:
             found.append(other)
-            return check(other)
+            return True
 
         return take_leaf, next
 
     def take_other(other: Any, found: list[Any]) -> bool:  # a constant, a list, a dict
-        theirs = leaves(other)
-        found += theirs
-        alike = other is tree or same_structure(tree, other)
-        return alike and all(check(leaf) for check, leaf in zip(checks, theirs, strict=True))
+        found += leaves(other)
+        return other is tree or same_structure(tree, other)
 
     return take_other, lambda new: rebuild(tree, [next(new) for _ in mine])
 
@@ -190,6 +193,11 @@ def give_up(tensor: Tensor, to: str) -> None:
 def given_up_to(tensor: object) -> str | None:
     """The function that a tensor was donated to, if it was."""
     return getattr(tensor, "donated_to", None)
+
+
+def is_any_given_up(tensors: Iterable[object]) -> bool:
+    """Whether `given_up_to` tells of one; for many tensors at every step."""
+    return any(map(getattr, tensors, repeat("donated_to"), repeat(None)))
 
 
 def fake_mode_of(tensors: list[Tensor]) -> FakeTensorMode:

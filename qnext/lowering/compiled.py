@@ -15,6 +15,7 @@ from qnext.functional.tree import (
     Template,
     give_up,
     given_up_to,
+    is_any_given_up,
     is_frozen,
     leaves,
     same_structure,
@@ -24,7 +25,7 @@ from qnext.lowering.target import Target
 from qnext.lowering.trace import Trace, bind, named_leaves
 
 if TYPE_CHECKING:
-    from qnext.lowering.cpu.step import Whole
+    from qnext.lowering.cpu.chain import Chain, Last
     from qnext.lowering.npu.capture import Captured
     from qnext.lowering.stages import Lowered
 
@@ -64,6 +65,13 @@ class Parts(NamedTuple):
     prepare: GraphModule | None  # from the arguments to the constants that the graph takes
 
 
+class Fit(NamedTuple):
+    """Arguments that a step was compiled for."""
+
+    leaves: dict[str, list[Any]]  # by argument
+    last: "Last | None"  # the call that they go on from, if they do
+
+
 class Compiled:
     """A function bound to a target. Calls are checked by path; donated leaves are used up.
 
@@ -74,14 +82,14 @@ class Compiled:
     def __init__(self, parts: Parts, lower: Callable[[], "Lowered"]) -> None:
         self.parts, self._lower = parts, lower
         self.made, self.graph, self._prepare = made, graph, prepare = parts
-        self._whole = _whole(graph) if made.target.kind == "cpu" else None
+        self._chain = _chain(graph, made) if made.target.kind == "cpu" else None
         self._weights = _inputs_used(prepare) if prepare else []
         fits = self._fits
         self._trees = {name: Template(tree, fits) for name, tree in made.arguments.items()}
         self._result = Template(made.result, fits)
         self._seen: dict[str, tuple[Any, list[Any]]] = {}  # weights that fit, and their leaves
         # the arguments of the call under way, and their leaves: a call asks for them three times
-        self._current: tuple[dict[str, Any], dict[str, list[Any]]] | None = None
+        self._current: tuple[dict[str, Any], Fit] | None = None
         # the weights that constants were made of, and the constants
         self._packed: tuple[list[Tensor], tuple[Tensor, ...]] = [], ()
 
@@ -149,7 +157,7 @@ class Compiled:
             wrong.append("a constant of the trees differs, such as params.config")
         return wrong or self._elsewhere(given)
 
-    def _fitting(self, arguments: dict[str, Any]) -> dict[str, list[Any]] | None:
+    def _fitting(self, arguments: dict[str, Any]) -> "Fit | None":
         """The leaves of arguments by name; None if they are not what it was compiled for."""
         current = self._current
         if current and current[0] is arguments:
@@ -157,19 +165,31 @@ class Compiled:
         if arguments.keys() != self._trees.keys():
             return None
         found: dict[str, list[Any]] = {}
+        last = self._chain.last if self._chain else None
         for name, tree in arguments.items():
-            seen = self._seen.get(name)
-            if seen and seen[0] is tree:
-                found[name] = seen[1]
+            if self._is_seen(name, tree):
+                found[name] = self._seen[name][1]
+                last = last if last and last.trees.get(name) is tree else None
                 continue
-            mine = self._trees[name].leaves(tree)
+            mine = self._trees[name].take(tree)
             if mine is None:
+                return None
+            found[name] = mine
+            if last and last.returned(name, mine):
+                continue
+            if not self._trees[name].fits(mine):
                 return None
             if name in self.made.weights and is_frozen(tree):
                 self._seen[name] = tree, mine
-            found[name] = mine
-        self._current = arguments, found
-        return found
+            if name in self.made.weights or name in self.made.donate:
+                last = None
+        fit = Fit(found, last)
+        self._current = arguments, fit
+        return fit
+
+    def _is_seen(self, name: str, tree: Any) -> bool:
+        seen = self._seen.get(name)
+        return seen is not None and seen[0] is tree
 
     def _fits(self, want: Any) -> Callable[[Any], bool]:
         """What an argument in the place of a traced one must be."""
@@ -200,43 +220,43 @@ class Compiled:
     def call(self, arguments: dict[str, Any], host: Host = None) -> Any:
         """Run on arguments that fit."""
         lists = checked(self.made.host, host, self.made.name)
+        if self._chain:
+            return self._call_chained(self._chain, arguments)
         given = self.take(arguments)
-        if self._whole:
-            return self._call_whole(self._whole, arguments, given)
         with torch.no_grad():
             results = self.graph(*given, *self.packed(given), *lists)
         passed = {id(leaf) for leaf in given}
         # results are objects of their own, for a donated object stays marked as such
         return self.give(arguments, [r.detach() if id(r) in passed else r for r in results])
 
-    def _call_whole(self, whole: "Whole", arguments: dict[str, Any], given: list[Tensor]) -> Any:
-        """The same of a graph that is one program, which runs when all else is done."""
-        begun = whole.begin([*given, *self.packed(given)])
-        made = self._result.rebuild([result.detach() for result in begun.results])
-        whole.step.run(begun)
-        self._give_up(arguments)
-        return made
+    def _call_chained(self, chain: "Chain", arguments: dict[str, Any]) -> Any:
+        """The same of a graph that is one program."""
+        fit = self._fitting(arguments)
+        results = chain.go_on(fit.leaves, fit.last) if fit and fit.last else None
+        if results is None:
+            given = self.take(arguments)
+            trees = {n: tree for n, tree in arguments.items() if self._is_seen(n, tree)}
+            results = chain.call([*given, *self.packed(given)], trees)
+        return self.give(arguments, results)
 
     def take(self, arguments: dict[str, Any]) -> list[Tensor]:
         """The tensors of arguments, in the graph's order; DonatedError if one was given away."""
-        fitting = self._fitting(arguments)
-        found = leaves(arguments) if fitting is None else chain(*fitting.values())
+        fit = self._fitting(arguments)
+        found = chain(*fit.leaves.values()) if fit else leaves(arguments)
         given = [leaf for leaf in found if isinstance(leaf, Tensor)]
-        if any(map(given_up_to, given)):
+        if is_any_given_up(given):
             path, leaf = next(pair for pair in named_leaves(arguments) if given_up_to(pair[1]))
             raise donated(path, given_up_to(leaf))
         return given
 
     def give(self, arguments: dict[str, Any], results: list[Tensor]) -> Any:
         """The result's tree; the donated arguments are given up with it."""
-        self._give_up(arguments)
-        return self._result.rebuild(results)
-
-    def _give_up(self, arguments: dict[str, Any]) -> None:
-        fitting, self._current = self._fitting(arguments) or {}, None
+        fit, self._current = self._fitting(arguments), None
+        known = fit.leaves if fit else {}
         for name in self.made.donate:
-            for leaf in fitting.get(name) or leaves(arguments[name]):
+            for leaf in known.get(name) or leaves(arguments[name]):
                 give_up(leaf, self.made.name)
+        return self._result.rebuild(results)
 
     def packed(self, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The constants of these weights, computed when other weights come."""
@@ -250,10 +270,10 @@ class Compiled:
         return constants
 
 
-def _whole(graph: GraphModule) -> "Whole | None":
-    from qnext.lowering.cpu.step import whole
+def _chain(graph: GraphModule, made: Made) -> "Chain | None":
+    from qnext.lowering.cpu.chain import chain_of
 
-    return whole(graph)
+    return chain_of(graph, made.arguments, made.result, made.donate, made.weights)
 
 
 def _inputs_used(graph: GraphModule) -> list[int]:

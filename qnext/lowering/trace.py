@@ -54,24 +54,29 @@ class Trace:
         return self.function.__name__
 
     def successors(self, names: Collection[str]) -> dict[int, int]:
-        """Where the next values of some arguments are: place among the results -> among the inputs.
+        """Where the next values of some arguments are, see `successors`."""
+        return successors(self.arguments, self.result, names)
 
-        An argument's next value is the result of the same structure, shapes and dtypes.
-        """
-        results = self.result if type(self.result) in (tuple, list) else (self.result,)
-        found: dict[int, int] = {}
-        at_input = 0
-        for name, tree in self.arguments.items():
-            at_output, mine = 0, tensors_of(tree)
-            for result in results:
-                next_ones = leaves(result)
-                if name in names and _alike(tree, result) and at_output not in found:
-                    places = range(len(next_ones))
-                    found |= {at_output + i: at_input + i for i in places}
-                    break
-                at_output += len(next_ones)
-            at_input += len(mine)
-        return found
+
+def successors(arguments: dict[str, Any], result: Any, names: Collection[str]) -> dict[int, int]:
+    """Where the next values of some arguments are: place among the results -> among the inputs.
+
+    An argument's next value is the result of the same structure, shapes and dtypes.
+    """
+    results = result if type(result) in (tuple, list) else (result,)
+    found: dict[int, int] = {}
+    at_input = 0
+    for name, tree in arguments.items():
+        at_output, mine = 0, tensors_of(tree)
+        for part in results:
+            next_ones = leaves(part)
+            if name in names and _alike(tree, part) and at_output not in found:
+                places = range(len(next_ones))
+                found |= {at_output + i: at_input + i for i in places}
+                break
+            at_output += len(next_ones)
+        at_input += len(mine)
+    return found
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

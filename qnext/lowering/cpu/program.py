@@ -54,8 +54,9 @@ def _take_over(graph: Graph) -> None:
 
 def _is_idle(node: Node) -> bool:
     """Whether a change of dtype changes nothing: it returns what it was given."""
-    given, dtype, *more = node.args
-    return not more and not node.kwargs and value(given).dtype == dtype
+    if len(node.args) != 2 or node.kwargs or not isinstance(node.args[0], Node):
+        return False
+    return bool(value(node.args[0]).dtype == node.args[1])
 
 
 def _is_fixed(node: Node, weights: Collection[str]) -> bool:
@@ -160,7 +161,7 @@ class _Layout:
         if storage in self._kept:
             self.outputs.append(tensor)
             self.results[storage] = ~(len(self.outputs) - 1)
-            piece = _Piece(-len(self.outputs), 0)  # counted from the end, see Step.begin
+            piece = _Piece(-len(self.outputs), 0)  # counted from the end, see Step.run
         else:
             size = tensor.untyped_storage().nbytes()
             piece = _Piece(0, self._room(at, self._last_use.get(storage, at), size))
