@@ -44,8 +44,11 @@ def jit(
 
     `donate` names parameters whose tensors the function may overwrite: their memory becomes that
     of the results, and the trees passed in must not be used again. `weights` names parameters that
-    stay the same over many calls: what depends on them alone is computed once. Calling the result
-    compiles for `target` on first use and again for other shapes. Raises LoweringError.
+    stay the same over many calls: what depends on them alone is computed once. Where a call for the
+    cpu goes on with the donated trees that the last one returned and the same weights, these are
+    not looked at again: what is written into them is seen, `weight.data = other` by the next call
+    with another state only. Calling the result compiles for `target` on first use and again for
+    other shapes. Raises LoweringError.
     """
     return Wrapped(function, _names(donate), _names(weights), target)
 

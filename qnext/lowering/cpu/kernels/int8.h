@@ -89,7 +89,7 @@ inline int32_t excess(const int8_t*, int64_t) { return 0; }
 
 template <int R, int T>
 inline void int8_dots(const int8_t* const* w, const int8_t* const* x, int64_t n, int32_t out[R][T],
-                      bool stream) {
+                      bool) {
   for (int r = 0; r < R; r++)
     for (int t = 0; t < T; t++) {
       int32_t total = 0;
