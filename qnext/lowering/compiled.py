@@ -103,10 +103,7 @@ class Compiled:
         return self.lowered.trace
 
     def __call__(self, *args: Any, host: Host = None, **kwargs: Any) -> Any:
-        if kwargs or len(args) != len(self._trees):
-            arguments = bind(self.made.function, args, kwargs)
-        else:
-            arguments = dict(zip(self._trees, args, strict=True))
+        arguments = bind(self.made.function, args, kwargs)
         self.check(arguments)
         return self.call(arguments, host)
 
@@ -167,8 +164,9 @@ class Compiled:
         found: dict[str, list[Any]] = {}
         last = self._chain.last if self._chain else None
         for name, tree in arguments.items():
-            if self._is_seen(name, tree):
-                found[name] = self._seen[name][1]
+            seen = self._seen.get(name)
+            if seen and seen[0] is tree:
+                found[name] = seen[1]
                 last = last if last and last.trees.get(name) is tree else None
                 continue
             mine = self._trees[name].take(tree)
@@ -186,10 +184,6 @@ class Compiled:
         fit = Fit(found, last)
         self._current = arguments, fit
         return fit
-
-    def _is_seen(self, name: str, tree: Any) -> bool:
-        seen = self._seen.get(name)
-        return seen is not None and seen[0] is tree
 
     def _fits(self, want: Any) -> Callable[[Any], bool]:
         """What an argument in the place of a traced one must be."""
@@ -235,7 +229,7 @@ class Compiled:
         results = chain.go_on(fit.leaves, fit.last) if fit and fit.last else None
         if results is None:
             given = self.take(arguments)
-            trees = {n: tree for n, tree in arguments.items() if self._is_seen(n, tree)}
+            trees = {n: arguments[n] for n in self.made.weights if is_frozen(arguments.get(n, []))}
             results = chain.call([*given, *self.packed(given)], trees)
         return self.give(arguments, results)
 
