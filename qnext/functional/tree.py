@@ -1,7 +1,6 @@
 """Trees of NamedTuples and tensors. The one file that imports torch's private modules."""
 
 from collections.abc import Callable, Iterable
-from itertools import repeat
 from typing import Any, TypeVar
 
 import torch
@@ -197,7 +196,7 @@ def given_up_to(tensor: object) -> str | None:
 
 def is_any_given_up(tensors: Iterable[object]) -> bool:
     """Whether `given_up_to` tells of one; for many tensors at every step."""
-    return any(map(getattr, tensors, repeat("donated_to"), repeat(None)))
+    return any([getattr(tensor, "donated_to", None) for tensor in tensors])  # noqa: C419
 
 
 def fake_mode_of(tensors: list[Tensor]) -> FakeTensorMode:
