@@ -134,11 +134,6 @@ class Template:
         """Whether all leaves of such a tree may be where they are."""
         return all(check(leaf) for check, leaf in zip(self._checks, given, strict=True))
 
-    def leaves(self, tree: object) -> list[Any] | None:
-        """The leaves of a tree of this structure; None where it is another, or a leaf is."""
-        found = self.take(tree)
-        return found if found is not None and self.fits(found) else None
-
     def rebuild(self, new_leaves: list[Any]) -> Any:
         """A tree of this structure with other leaves."""
         return self._make(iter(new_leaves))

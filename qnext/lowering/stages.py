@@ -31,7 +31,7 @@ from qnext.lowering.memory import memory
 from qnext.lowering.rules import Rule, Verdict, rewrite
 from qnext.lowering.simplify import find_static, fold, merge_equal
 from qnext.lowering.target import Target, resolve
-from qnext.lowering.trace import Trace, bind, trace
+from qnext.lowering.trace import Trace, bind, successors, trace
 
 
 def jit(
@@ -46,9 +46,8 @@ def jit(
     of the results, and the trees passed in must not be used again. `weights` names parameters that
     stay the same over many calls: what depends on them alone is computed once. Where a call for the
     cpu goes on with the donated trees that the last one returned and the same weights, these are
-    not looked at again: what is written into them is seen, `weight.data = other` by the next call
-    with another state only. Calling the result compiles for `target` on first use and again for
-    other shapes. Raises LoweringError.
+    not looked at again: `weight.data = other` is seen by the next call with another state. Calling
+    the result compiles for `target` on first use and again for other shapes. Raises LoweringError.
     """
     return Wrapped(function, _names(donate), _names(weights), target)
 
@@ -170,7 +169,7 @@ class Traced:
             merge_equal(graph.graph)
             prepare = take_out(graph, self.weights)
             host = take_host_arguments(graph.graph)
-            following = self.trace.successors(self.donate)
+            following = successors(self.trace.arguments, self.trace.result, self.donate)
             carry(graph.graph, following, self.donate, _writes, _write_back)
             writes = settle(graph.graph, self.donate, _writes, _copy)
         verify(graph.graph)

@@ -53,10 +53,6 @@ class Trace:
     def name(self) -> str:
         return self.function.__name__
 
-    def successors(self, names: Collection[str]) -> dict[int, int]:
-        """Where the next values of some arguments are, see `successors`."""
-        return successors(self.arguments, self.result, names)
-
 
 def successors(arguments: dict[str, Any], result: Any, names: Collection[str]) -> dict[int, int]:
     """Where the next values of some arguments are: place among the results -> among the inputs.

@@ -1,7 +1,6 @@
 """Steps that go on where the last one ended: less is looked at, and nothing else differs."""
 
 import gc
-from collections.abc import Iterator
 from weakref import ref
 
 import pytest
@@ -41,13 +40,13 @@ class Counted(Chain):
 
 
 @pytest.fixture
-def step() -> Iterator[Compiled]:
+def step() -> Compiled:
     """A decode step that nobody has called, its calls counted."""
     made = Compiled(donating().parts, lambda: donating().lowered)
     assert made._chain is not None
     made._chain.__class__ = Counted
     Counted.count = 0
-    yield made
+    return made
 
 
 def wanted(params: qn.Params, state: qn.State, count: int) -> tuple[Tensor, qn.State]:

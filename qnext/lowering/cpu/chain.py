@@ -62,7 +62,7 @@ class Chain:
         which results are the next value of which argument."""
         self._step, self._fixed, self._places = step, fixed, places
         self._weights, self._after = weights, after
-        self._rest = places.without({at for places in weights.values() for at in places})
+        self._rest = places.without({at for span in weights.values() for at in span})
         self.last: Last | None = None
 
     def call(self, given: Sequence[Tensor], trees: dict[str, Any]) -> list[Tensor]:

@@ -57,7 +57,7 @@ class Step(torch.nn.Module):
 
     def run(self, weights: Weights, moving: list[Tensor]) -> list[Tensor]:
         """The results; `moving` are the inputs in order that are not fixed."""
-        moving = [t if t.is_contiguous() else t.contiguous() for t in moving]
+        moving = [_together(tensor) for tensor in moving]
         made = [torch.empty_strided(*shape, dtype=dtype) for *shape, dtype in self._outputs]
         arena = self._new_arena() if self._kept is None else self._kept
         memory = weights.memory[:]
@@ -81,10 +81,14 @@ class Step(torch.nn.Module):
         weights, places = self._weights, [tensor.data_ptr() for tensor in given]
         if places == weights.places and all(map(is_, given, weights.given)) and weights.memory:
             return weights
-        together = [t if t.is_contiguous() else t.contiguous() for t in given]
+        together = [_together(tensor) for tensor in given]
         inputs = len(self.fixed) + len(self.moving)
         memory = Addresses(ADDRESS, [0] * (1 + inputs + len(self._outputs)))
         for i, tensor in zip(self.fixed, together, strict=True):
             memory[1 + i] = tensor.data_ptr()
         self._weights = weights = Weights(given, places, together, memory)
         return weights
+
+
+def _together(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
