@@ -4,7 +4,7 @@ import operator
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,10 +26,12 @@ from qnext.lowering.trace import Trace, bind, named_leaves
 
 if TYPE_CHECKING:
     from qnext.lowering.cpu.chain import Chain, Last
+    from qnext.lowering.cpu.plan import Plan
     from qnext.lowering.npu.capture import Captured
     from qnext.lowering.stages import Lowered
 
 SHOWN = 8  # differences an error lists
+Runnable: TypeAlias = "GraphModule | Plan"  # a plan for the cpu
 Host = Any  # None or {name: integers}; checked by `host.checked`, whose errors say more
 
 
@@ -61,8 +63,8 @@ class Parts(NamedTuple):
     """All that running a compiled step takes."""
 
     made: Made
-    graph: GraphModule
-    prepare: GraphModule | None  # from the arguments to the constants that the graph takes
+    graph: "Runnable"
+    prepare: "Runnable | None"  # from the arguments to the constants that the graph takes
 
 
 class Fit(NamedTuple):
@@ -81,8 +83,8 @@ class Compiled:
 
     def __init__(self, parts: Parts, lower: Callable[[], "Lowered"]) -> None:
         self.parts, self._lower = parts, lower
-        self.made, self.graph, self._prepare = made, graph, prepare = parts
-        self._chain = _chain(graph, made) if made.target.kind == "cpu" else None
+        self.made, self._run, self._prepare = made, graph, prepare = parts
+        self._chain = None if isinstance(graph, GraphModule) else _chain(graph, made)
         self._weights = _inputs_used(prepare) if prepare else []
         fits = self._fits
         self._trees = {name: Template(tree, fits) for name, tree in made.arguments.items()}
@@ -97,6 +99,12 @@ class Compiled:
     def lowered(self) -> "Lowered":
         """What it was compiled from, to be read. A step that was stored is lowered anew for it."""
         return self._lower()
+
+    @property
+    def graph(self) -> GraphModule:
+        """What runs; not of a step for the cpu, which has a plan instead (`parts.graph`)."""
+        assert isinstance(self.parts.graph, GraphModule), "a plan is no graph"
+        return self.parts.graph
 
     @property
     def trace(self) -> Trace:
@@ -218,7 +226,7 @@ class Compiled:
             return self._call_chained(self._chain, arguments)
         given = self.take(arguments)
         with torch.no_grad():
-            results = self.graph(*given, *self.packed(given), *lists)
+            results = self._run(*given, *self.packed(given), *lists)
         passed = {id(leaf) for leaf in given}
         # results are objects of their own, for a donated object stays marked as such
         return self.give(arguments, [r.detach() if id(r) in passed else r for r in results])
@@ -264,14 +272,16 @@ class Compiled:
         return constants
 
 
-def _chain(graph: GraphModule, made: Made) -> "Chain | None":
+def _chain(graph: "Plan", made: Made) -> "Chain | None":
     from qnext.lowering.cpu.chain import chain_of
 
     return chain_of(graph, made.arguments, made.result, made.donate, made.weights)
 
 
-def _inputs_used(graph: GraphModule) -> list[int]:
+def _inputs_used(graph: "Runnable") -> list[int]:
     """Which inputs a graph reads."""
+    if not isinstance(graph, GraphModule):
+        return graph.inputs_used
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     return [i for i, node in enumerate(inputs) if node.users]
 

@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from qnext.errors import LoweringError, TargetError
 from qnext.lowering import text
 from qnext.lowering.calls import CALLS, call_of
-from qnext.lowering.compiled import Compiled, Left, Made, Parts
+from qnext.lowering.compiled import Compiled, Left, Made, Parts, Runnable
 from qnext.lowering.constants import take_out
 from qnext.lowering.cost import analyse
 from qnext.lowering.donate import Write, carry, settle
@@ -299,15 +299,17 @@ class Lowered:
         warnings.warn(f"{error}\nUntil then {self.trace.name} runs on the reference.", stacklevel=3)
         return Traced(self.trace, self.donate, self.weights).lower("reference").compile()
 
-    def _placed(self, module: GraphModule) -> GraphModule:
-        """The graph on the target's device; this one stays as it is."""
+    def _placed(self, module: GraphModule) -> Runnable:
+        """What runs the graph on the target's device; this one stays as it is."""
         if self.target.kind == "reference":
             return module
         module = deepcopy(module)
         on_device(module.graph, torch.device(self.target.kind))
         if self.target.kind == "cpu":
+            from qnext.lowering.cpu.plan import planned
             from qnext.lowering.cpu.program import fuse
 
             fuse(module, self.weights, self.target.facts.isa)
+            return planned(module)
         module.recompile()
         return module

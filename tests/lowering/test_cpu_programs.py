@@ -48,8 +48,9 @@ def test_what_does_not_wait_goes_before(x: Tensor) -> None:
         return linear(other + first, b)
 
     made = near(step, WIDE, NARROW, x, count=1)
-    names = [str(node.target) for node in made.graph.graph.nodes if node.op.startswith("call")]
-    assert names.index("aten.cumsum.default") < names.index("program_0")
+    targets = [call.target for call in made.parts.graph.calls]
+    (program,) = programs(made)
+    assert targets.index(torch.ops.aten.cumsum.default) < targets.index(program)
 
 
 def test_what_waits_stands_between_two(x: Tensor) -> None:

@@ -6,7 +6,6 @@ results are equal: these kernels compute with integers, or copy.
 
 import operator
 from collections.abc import Callable
-from operator import getitem
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from qnext.functional.tree import leaves, map_leaves
 from qnext.lowering.compiled import Compiled
 from qnext.lowering.cpu import build
 from qnext.lowering.cpu.small import DIVISIONS, MOST, NAMES
-from qnext.lowering.graph import site_name, sites
+from qnext.lowering.cpu.step import Step
 from qnext.runtime.steps import consume, draw_ahead, draw_next, guess, score
 from tests.sequences import BATCH, VOCAB, model, started, words
 
@@ -49,7 +48,9 @@ def lower(function: Callable[..., Any], given: tuple[Tensor, ...]) -> Compiled:
 
 def by_torch(step: Compiled) -> list[str]:
     """The operations of a step that are left to torch."""
-    return [site_name(node) for node in sites(step.graph.graph) if node.target is not getitem]
+    targets = (call.target for call in step.parts.graph.calls)
+    operations = (each for each in targets if isinstance(each, torch._ops.OpOverload))
+    return [each._schema.name.rpartition("::")[2] for each in operations if not each.is_view]
 
 
 def flat(made: Any) -> list[Tensor]:
@@ -298,5 +299,5 @@ def test_the_engines_steps_are_one_program_each() -> None:
     }
     for function, given in steps.items():
         step = qn.jit(function, donate="state").trace(*given).lower("cpu", strict=True).compile()
-        programs = [node for node in step.graph.graph.nodes if node.op == "call_module"]
+        programs = [call for call in step.parts.graph.calls if isinstance(call.target, Step)]
         assert (by_torch(step), len(programs)) == ([], 1), function.__name__

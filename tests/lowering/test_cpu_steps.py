@@ -58,8 +58,7 @@ def compiled(function: Callable[..., Any], *given: Any, **how: Any) -> Compiled:
 
 
 def programs(step: Compiled) -> list[Step]:
-    nodes = [node for node in step.graph.graph.nodes if node.op == "call_module"]
-    return [step.graph.get_submodule(str(node.target)) for node in nodes]
+    return [call.target for call in step.parts.graph.calls if isinstance(call.target, Step)]
 
 
 def errors(got: Any, want: Any) -> dict[str, float]:

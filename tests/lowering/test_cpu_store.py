@@ -16,6 +16,7 @@ from qnext.functional.tree import leaves, map_leaves
 from qnext.lowering import stages
 from qnext.lowering.compiled import Compiled
 from qnext.lowering.cpu import build, library, store
+from qnext.lowering.cpu.plan import Plan
 from qnext.lowering.target import resolve
 from tests.sequences import BATCH, model, started, words
 
@@ -195,9 +196,33 @@ def test_what_no_file_can_hold_leaves_nothing_behind(
     def refuse(*_: Any) -> None:
         raise pickle.PicklingError("no")
 
-    monkeypatch.setattr(store, "_flat", refuse)
+    monkeypatch.setattr(store._Pickler, "reducer_override", refuse)
     step(unembed, *small())
     assert not folder.exists()
+
+
+def test_numbers_are_not_kept_as_a_shape(folder: Path) -> None:
+    """A graph may hold tensors of its own, which no spec can stand for."""
+    parts, file = step(unembed, *small()).parts, folder / "another.step"
+    assert isinstance(parts.graph, Plan)
+    first, *rest = parts.graph.calls
+    calls = (first._replace(kwargs={"table": torch.ones(2)}), *rest)
+    store.write(file, parts._replace(graph=parts.graph._replace(calls=calls)))
+    assert not file.exists()
+    store.write(file, parts)
+    assert file.exists()
+
+
+def test_reading_makes_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To make one takes ten times as long as to read the rest."""
+    given = (model(), started(model()), words(2))
+    step(qn.prefill, *given)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a graph")
+
+    monkeypatch.setattr(torch.fx.Graph, "__init__", refuse)
+    step(qn.prefill, *given)(*given)
 
 
 def test_a_demand_is_held_against_what_was_left_before(traces: list[str]) -> None:

@@ -17,7 +17,16 @@ from qnext.functional.ops import PRIMITIVES
 from qnext.functional.ops.quant import OVER, RECIPROCAL, TIMES
 from qnext.lowering.calls import CALLS, Call, call_of, register
 from qnext.lowering.cpu.between import BETWEEN, OPERATIONS
-from qnext.lowering.cpu.library import ADDRESS, KINDS, Instruction, Operand, Program, load, short
+from qnext.lowering.cpu.library import (
+    ADDRESS,
+    KINDS,
+    Instruction,
+    Operand,
+    Program,
+    encode,
+    load,
+    short,
+)
 
 PREFIX = "cpu_"
 INDEX, BOOL = "index", "bool"
@@ -136,7 +145,7 @@ def _launch(name: str, shapes: Callable[..., Any], arguments: dict[str, Any]) ->
     rest = (value for value in arguments.values() if not isinstance(value, Tensor))
     step = Instruction(name, tuple(operands), numbers(rest))
     addresses = array(ADDRESS, (piece.data_ptr() for piece in memory))
-    Program([step], load("native")).run(addresses, torch.get_num_threads())
+    Program(encode([step]), load("native")).run(addresses, torch.get_num_threads())
     results = [*fresh, *(arguments[written] for written in kernel.writes)]
     return tuple(results) if isinstance(made, tuple) else results[0]
 

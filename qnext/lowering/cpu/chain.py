@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 from torch import Tensor
-from torch.fx import GraphModule, Node
 
 from qnext.functional.tree import is_any_given_up
+from qnext.lowering.cpu.plan import Plan
 from qnext.lowering.cpu.step import Step, Weights
 from qnext.lowering.trace import successors, tensors_of
 
@@ -91,33 +91,31 @@ class Chain:
 
 
 def chain_of(
-    module: GraphModule,
+    plan: Plan,
     arguments: dict[str, Any],
     result: Any,
     donate: Collection[str],
     weights: Collection[str],
 ) -> Chain | None:
-    """A graph as one program, if it is one and nothing else."""
-    nodes = list(module.graph.nodes)
-    inputs = {node: at for at, node in enumerate(n for n in nodes if n.op == "placeholder")}
-    call, *items = [node for node in nodes if node.op not in ("placeholder", "output")] or [None]
-    if call is None or call.op != "call_module" or not all(_is_item(n, call) for n in items):
+    """A plan as one program, if it is one and nothing else."""
+    calls = dict(enumerate(plan.calls, start=plan.inputs))
+    others = {at: call for at, call in calls.items() if call.target is not getitem}
+    if len(others) != 1:
         return None
-    step, given = module.get_submodule(str(call.target)), [inputs[node] for node in call.args]
-    assert isinstance(step, Step)
-    results = [inputs[n] if n in inputs else ~n.args[1] for n in nodes[-1].args[0]]
-    places = _Places([given[i] for i in step.moving], results)
+    ((place, step),) = others.items()
+    items = {at: call.args for at, call in calls.items() if call is not step}
+    if not isinstance(step.target, Step) or any(of.at != place for of, _ in items.values()):
+        return None
+    given = [value.at for value in step.args]
+    results = [~items[v.at][1] if v.at in items else v.at for v in plan.results]
+    places = _Places([given[i] for i in step.target.moving], results)
     spans = _spans(arguments)
     known = {name: spans[name] for name in weights if name in spans}
     asked = {*places.moving, *results}
     after = _after(arguments, result, donate, spans)
     if any(at in asked for span in known.values() for at in span):
         after = {}  # a weight is a result: no call goes on without a look at it
-    return Chain(step, [given[i] for i in step.fixed], places, known, after)
-
-
-def _is_item(node: Node, of: Node) -> bool:
-    return node.target is getitem and node.args[0] is of
+    return Chain(step.target, [given[i] for i in step.target.fixed], places, known, after)
 
 
 def _spans(arguments: dict[str, Any]) -> dict[str, range]:

@@ -4,6 +4,7 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -25,13 +26,15 @@ KINDS = {
     torch.bool: 5,
 }
 FLOATS = (torch.float32, torch.bfloat16)
+CALL = 4  # addresses in the kernels' `struct Call`: kernel, tensors, numbers, fault
 OPENMP = ("libgomp*.so*", "libomp*.so*", "libomp*.dylib")
 ADDRESS = "Q"  # an array's type
 Library: TypeAlias = ctypes.CDLL
 if TYPE_CHECKING:
-    Addresses: TypeAlias = array[int]
+    Integers: TypeAlias = array[int]
+    Numbers: TypeAlias = array[float]
 else:
-    Addresses = array  # takes no type before Python 3.12
+    Integers = Numbers = array  # takes no type before Python 3.12
 _Axes = ctypes.c_int64 * MAX_DIMS
 
 
@@ -55,15 +58,6 @@ class _Tensor(ctypes.Structure):
     )
 
 
-class _Call(ctypes.Structure):
-    _fields_ = (
-        ("kernel", ctypes.c_void_p),
-        ("tensors", ctypes.c_void_p),
-        ("numbers", ctypes.POINTER(ctypes.c_double)),
-        ("fault", ctypes.POINTER(ctypes.c_ssize_t)),
-    )
-
-
 class Operand(NamedTuple):
     """A tensor of a call: so many bytes into one of the pieces of memory that a list is run on."""
 
@@ -82,51 +76,29 @@ class Instruction(NamedTuple):
     numbers: tuple[float, ...]
 
 
-class Program:
-    """Instructions in the kernels' own form, run by one call into the library."""
+class Code(NamedTuple):
+    """Instructions in the kernels' own form, but for what depends on where things lie."""
 
-    def __init__(self, instructions: Sequence[Instruction], library: Library) -> None:
-        self._library = library
-        operands = [operand for each in instructions for operand in each.operands]
-        self._tensors = (_Tensor * len(operands))(*map(_tensor, operands))
-        self._memory = (ctypes.c_int64 * len(operands))(*(o.memory for o in operands))
-        self._offset = (ctypes.c_int64 * len(operands))(*(o.offset for o in operands))
-        self._calls = (_Call * len(instructions))()
-        self._numbers = []  # the calls point to them
-        self._instructions, self._fault = instructions, ctypes.c_ssize_t(0)
-        at = ctypes.addressof(self._tensors)
-        for call, each in zip(self._calls, instructions, strict=True):
-            self._numbers.append((ctypes.c_double * len(each.numbers))(*each.numbers))
-            call.kernel = self._library.qnext_kernel(each.kernel.encode())
-            call.tensors, call.numbers = at, self._numbers[-1]
-            call.fault = ctypes.pointer(self._fault)
-            at += len(each.operands) * ctypes.sizeof(_Tensor)
-            assert call.kernel, f"the library has no kernel {each.kernel}"
-        self._lock = Lock()  # addresses are written into the tensors: one run at a time
-
-    def run(self, memory: Addresses, threads: int) -> None:
-        """Run on pieces of memory, given by the addresses of their first elements.
-
-        Raises InputError where an index (a token's id) points to nothing; what would have followed
-        is not computed.
-        """
-        with self._lock:
-            self._fault.value = 0
-            self._library.qnext_run(
-                *(self._calls, len(self._calls), self._tensors, len(self._tensors)),
-                *(self._memory, self._offset, memory.buffer_info()[0], threads),
-            )
-            fault = self._fault.value
-        if fault:
-            number = (fault - ctypes.addressof(self._calls)) // ctypes.sizeof(_Call)
-            raise InputError(_out_of_range(number, self._instructions[number]))
+    kernels: tuple[str, ...]
+    begins: tuple[tuple[int, int], ...]  # of each instruction, among tensors and among numbers
+    tensors: bytes  # structures that point to nothing
+    memory: Integers  # of each tensor
+    offset: Integers
+    numbers: Numbers
 
 
-def _out_of_range(number: int, call: Instruction) -> str:
-    size = list(call.operands[0].size)
-    return (
-        f"an index is out of range: call {number} of the program, {call.kernel!r}, looks it up in "
-        f"a tensor of shape {size}. A token's id must be within the vocabulary"
+def encode(instructions: Sequence[Instruction]) -> Code:
+    """Instructions as the kernels will see them."""
+    operands = [operand for each in instructions for operand in each.operands]
+    counts = [(len(each.operands), len(each.numbers)) for each in instructions]
+    tensors, numbers = (accumulate(c, initial=0) for c in zip(*counts, strict=True))
+    return Code(
+        kernels=tuple(each.kernel for each in instructions),
+        begins=tuple(zip(tensors, numbers, strict=True))[:-1],
+        tensors=bytes((_Tensor * len(operands))(*map(_tensor, operands))),
+        memory=Integers("q", (operand.memory for operand in operands)),
+        offset=Integers("q", (operand.offset for operand in operands)),
+        numbers=Numbers("d", (number for each in instructions for number in each.numbers)),
     )
 
 
@@ -134,6 +106,47 @@ def _tensor(operand: Operand) -> _Tensor:
     # a number is a row of one
     size, stride = (operand.size, operand.stride) if operand.size else ((1,), (1,))
     return _Tensor(None, KINDS[operand.dtype], len(size), _Axes(*size), _Axes(*stride))
+
+
+class Program:
+    """Code that is run by one call into the library."""
+
+    def __init__(self, code: Code, library: Library) -> None:
+        self._library, self._code, self._fault = library, code, ctypes.c_ssize_t(0)
+        self._tensors = (_Tensor * len(code.memory)).from_buffer_copy(code.tensors)
+        tensors, numbers = ctypes.addressof(self._tensors), code.numbers.buffer_info()[0]
+        known = {name: library.qnext_kernel(name.encode()) for name in set(code.kernels)}
+        assert all(known.values()), f"the library lacks a kernel of {sorted(known)}"
+        self._calls = Integers(ADDRESS)  # CALL each
+        for kernel, (tensor, number) in zip(code.kernels, code.begins, strict=True):
+            first = tensors + tensor * ctypes.sizeof(_Tensor)
+            rest = (numbers + number * code.numbers.itemsize, ctypes.addressof(self._fault))
+            self._calls.extend((known[kernel], first, *rest))
+        self._lock = Lock()  # addresses are written into the tensors: one run at a time
+
+    def run(self, memory: Integers, threads: int) -> None:
+        """Run on pieces of memory, given by the addresses of their first elements.
+
+        Raises InputError where an index (a token's id) points to nothing; what would have followed
+        is not computed.
+        """
+        code, calls = self._code, self._calls.buffer_info()[0]
+        with self._lock:
+            self._fault.value = 0
+            self._library.qnext_run(
+                *(calls, len(code.kernels), self._tensors, len(self._tensors)),
+                *(code.memory.buffer_info()[0], code.offset.buffer_info()[0]),
+                *(memory.buffer_info()[0], threads),
+            )
+            fault = self._fault.value
+        if fault:
+            number = (fault - calls) // (CALL * self._calls.itemsize)
+            table = self._tensors[code.begins[number][0]]
+            raise InputError(
+                f"an index is out of range: call {number} of the program, {code.kernels[number]!r},"
+                f" looks it up in a tensor of shape {list(table.size[: table.dims])}. A token's id "
+                "must be within the vocabulary"
+            )
 
 
 @cache  # asking the compiler what the machine can do takes as long as a step

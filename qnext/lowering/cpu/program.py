@@ -17,7 +17,7 @@ from qnext.errors import LoweringError
 from qnext.lowering.calls import call_of
 from qnext.lowering.constants import FREE, PACKED
 from qnext.lowering.cpu.calls import KERNELS, OPS, in_order, kernel_of, numbers
-from qnext.lowering.cpu.library import Instruction, Operand, is_readable
+from qnext.lowering.cpu.library import Instruction, Operand, encode, is_readable
 from qnext.lowering.cpu.step import Frame, Step
 from qnext.lowering.graph import argument_of, arguments, is_view, storage_of, tensors, value
 
@@ -213,8 +213,8 @@ def _framed(layout: _Layout, results: Sequence[int], fixed: Sequence[bool]) -> F
         return instruction._replace(operands=tuple(operands))
 
     outputs = ((tuple(t.shape), t.stride(), t.dtype) for t in layout.outputs)
-    instructions = map(settled, layout.instructions)
-    return Frame(layout.arena, tuple(results), tuple(outputs), tuple(fixed), tuple(instructions))
+    code = encode([settled(instruction) for instruction in layout.instructions])
+    return Frame(layout.arena, tuple(results), tuple(outputs), tuple(fixed), code)
 
 
 def _replace(

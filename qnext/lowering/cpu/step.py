@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qnext.lowering.cpu.library import ADDRESS, Addresses, Instruction, Program, load
+from qnext.lowering.cpu.library import ADDRESS, Code, Integers, Program, load
 
 KEPT = 1 << 20  # bytes of an arena that stays for the next step
 
@@ -18,7 +18,7 @@ class Frame(NamedTuple):
     results: tuple[int, ...]  # what it returns: input i, or output ~i
     outputs: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]  # size, stride
     fixed: tuple[bool, ...]  # of each input: whether it depends on weights alone
-    instructions: tuple[Instruction, ...]
+    code: Code
 
 
 class Weights(NamedTuple):
@@ -27,7 +27,7 @@ class Weights(NamedTuple):
     given: list[Tensor]
     places: list[int]  # where they are: `tensor.data = ...` moves one
     together: list[Tensor]  # the same, or copies where they did not lie together
-    memory: Addresses  # the addresses of all pieces of memory, of which theirs are known
+    memory: Integers  # the addresses of all pieces of memory, of which theirs are known
 
 
 class Step(torch.nn.Module):
@@ -40,12 +40,12 @@ class Step(torch.nn.Module):
     def __init__(self, frame: Frame, isa: str) -> None:
         super().__init__()
         self._made_of = frame, isa
-        self._arena, self._results, self._outputs, fixed, instructions = frame
-        self._program = Program(instructions, load(isa))
+        self._arena, self._results, self._outputs, fixed, code = frame
+        self._program = Program(code, load(isa))
         self.fixed = [i for i, each in enumerate(fixed) if each]
         self.moving = [i for i, each in enumerate(fixed) if not each]
         self._order = {i: at for at, i in enumerate(self.moving)}
-        self._weights = Weights([], [], [], Addresses(ADDRESS))
+        self._weights = Weights([], [], [], Integers(ADDRESS))
         self._kept: Tensor | None = None
 
     def __reduce__(self) -> Any:
@@ -83,7 +83,7 @@ class Step(torch.nn.Module):
             return weights
         together = [_together(tensor) for tensor in given]
         inputs = len(self.fixed) + len(self.moving)
-        memory = Addresses(ADDRESS, [0] * (1 + inputs + len(self._outputs)))
+        memory = Integers(ADDRESS, [0] * (1 + inputs + len(self._outputs)))
         for i, tensor in zip(self.fixed, together, strict=True):
             memory[1 + i] = tensor.data_ptr()
         self._weights = weights = Weights(given, places, together, memory)

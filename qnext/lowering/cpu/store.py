@@ -11,17 +11,15 @@ import io
 import pickle
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from platformdirs import user_cache_path
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate
 
 from qnext.errors import TargetError
 from qnext.lowering.compiled import Made, Parts
@@ -84,7 +82,7 @@ def read(file: Path, function: Callable[..., Any], target: Target) -> Parts | No
     if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:  # the disk's fault
         return None
     made, graph, prepare = pickle.loads(content[DIGEST:])
-    return Parts(Made(function, *made), _graph(graph), prepare and _graph(prepare))
+    return Parts(Made(function, *made), graph, prepare)
 
 
 def write(file: Path, parts: Parts) -> None:
@@ -92,7 +90,7 @@ def write(file: Path, parts: Parts) -> None:
     made, graph, prepare = parts
     buffer = io.BytesIO()
     try:
-        _Pickler(buffer).dump((made[1:], _flat(graph), prepare and _flat(prepare)))
+        _Pickler(buffer).dump((made[1:], graph, prepare))
         file.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=file.parent) as scratch:
             whole = Path(scratch, file.name)
@@ -103,12 +101,14 @@ def write(file: Path, parts: Parts) -> None:
 
 
 class _Pickler(pickle.Pickler):
-    """Operations by name, tensors as specs; modules of a graph tell themselves what they are."""
+    """Operations by name, specs by shape; programs tell themselves what they are."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, torch._ops.OpOverload):
             return _operation, (value._schema.name, value._overloadname)
         if isinstance(value, Tensor):
+            if not value.is_meta:
+                raise pickle.PicklingError(f"a tensor of the graph's own, {list(value.shape)}")
             return _spec, (tuple(value.shape), value.dtype)
         return NotImplemented
 
@@ -120,54 +120,3 @@ def _operation(name: str, overload: str) -> Any:
 
 def _spec(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-@dataclass(frozen=True)
-class _Result:
-    """What stands for a node among another's arguments."""
-
-    of: int
-
-
-class _Flat(NamedTuple):
-    """A node of a graph as data; the target of a module's call is the module itself."""
-
-    op: str
-    target: Any
-    args: Any
-    kwargs: Any
-
-
-def _flat(module: GraphModule) -> list[_Flat]:
-    found: list[_Flat] = []
-    place: dict[Any, int] = {}
-
-    def told(part: Any) -> Any:
-        return _Result(place[part]) if isinstance(part, Node) else part
-
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            raise pickle.PicklingError(f"{node.name} is a tensor of the graph's own")
-        inside = node.op == "call_module"
-        target = module.get_submodule(str(node.target)) if inside else node.target
-        args, kwargs = map_aggregate(node.args, told), map_aggregate(node.kwargs, told)
-        found.append(_Flat(node.op, target, args, kwargs))
-        place[node] = len(place)
-    return found
-
-
-def _graph(nodes: list[_Flat]) -> GraphModule:
-    root, graph = torch.nn.Module(), Graph()
-    made: list[Node] = []
-
-    def node_of(part: Any) -> Any:
-        return made[part.of] if isinstance(part, _Result) else part
-
-    for op, target, args, kwargs in nodes:
-        if op == "call_module":
-            name = f"program_{len(root._modules)}"
-            root.add_module(name, target)
-            target = name
-        args, kwargs = map_aggregate(args, node_of), map_aggregate(kwargs, node_of)
-        made.append(graph.create_node(op, target, args, kwargs))
-    return GraphModule(root, graph)
