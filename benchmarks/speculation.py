@@ -3,20 +3,20 @@
     python -m benchmarks.speculation [--target cpu] [--rounds 5] [--problems 12] [--batch 1]
         [--json out.jsonl]
 
-The engine on this machine, on kernels or on the reference. The demo answers its own unseen
+Engines that stay, as a server's do, on kernels or on the reference. The demo answers its own unseen
 problems, greedily: real texts and real acceptance. A mid-sized model of random weights
 (`benchmarks.eager`), whose guesses are never right, shows what an iteration costs beside a plain
 step where weights, not calls, take the time: the tokens a step that a drafter must reach to gain
-anything. Rounds go through all widths in turn.
+anything. Every problem is answered with all widths in turn.
 """
 
 import argparse
-import gc
 import json
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +26,38 @@ from tqdm import tqdm
 import qnext as qn
 from benchmarks.eager import MID, where_measured
 from qnext.acceptance import Acceptance
-from qnext.complete import complete
 from qnext.embedded import PROBLEMS
 from qnext.evaluate import STOPS, asked, read_problems
+from qnext.runtime.engine import Engine
+from qnext.runtime.options import Options
+from qnext.runtime.request import Output, Request
 
 DRAFTS = (0, 1, 2, 3)
 STEPS, PROMPT = 12, 64
 
 
-def answers(
-    params: qn.Params, prompts: Sequence[Sequence[int]], draft: int, target: str
-) -> tuple[float, int, Acceptance]:
+def answers(engine: Engine, prompts: Sequence[Sequence[int]]) -> tuple[float, int, Acceptance]:
     """(seconds from the first piece of text to the last, tokens in between, acceptance)."""
-    gc.collect()  # engines of before; in between it would be a tenth of a second of this
-    began, at_first, total, made = 0.0, 0, Acceptance(), [0] * len(prompts)
-    given = (params, qn.tokenizer(), prompts, 96)
-    for piece in complete(*given, stops=STOPS, draft=draft, target=target):
-        made[piece.row] = piece.tokens
+    began, ended, at_first, total, made = 0.0, 0.0, 0, Acceptance(), [0] * len(prompts)
+
+    def take(row: int, output: Output) -> None:
+        nonlocal began, ended, at_first, total
+        if output.error:
+            raise output.error
+        if not output.text and not output.finish:
+            return
+        made[row], ended = output.made, time.perf_counter()
         if not began:  # prompts are consumed
-            began, at_first = time.perf_counter(), sum(made)
-        if piece.finish:
-            total += piece.acceptance
-    return time.perf_counter() - began, sum(made) - at_first, total
+            began, at_first = ended, sum(made)
+        if output.finish:
+            plain = Acceptance(output.made, output.made)
+            total += output.acceptance if engine.options.draft else plain
+
+    for row, prompt in enumerate(prompts):
+        request = Request(tokens=tuple(prompt), max_new_tokens=96, stops=tuple(STOPS))
+        engine.submit(request, partial(take, row))
+    engine.run()
+    return ended - began, sum(made) - at_first, total
 
 
 def iteration(params: qn.Params, draft: int, batch: int, target: str) -> float:
@@ -85,23 +95,29 @@ def main() -> None:
     problems = read_problems(PROBLEMS)[: args.problems]
     prompts = [text.encode(asked(problem)) for problem in problems]
     groups = [prompts[i : i + args.batch] for i in range(0, len(prompts), args.batch)]
+    how = {"rows": args.batch, "capacity": 1024, "max_waiting": args.batch, "target": args.target}
+    engines = {draft: Engine(demo, text, Options(draft=draft, **how)) for draft in DRAFTS}
     speeds: dict[int, list[float]] = {draft: [] for draft in DRAFTS}
     calls: dict[str, dict[int, list[float]]] = {
         name: {draft: [] for draft in DRAFTS} for name in ("demo", "mid")
     }
     acceptance = {}
     for number in tqdm(range(args.rounds + 1), desc="rounds"):
+        # all widths answer a problem in turn: on a shared machine its speed is another soon after
+        parts = [{d: answers(engines[d], group) for d in DRAFTS} for group in groups]
         for draft in DRAFTS:
-            parts = [answers(demo, group, draft, args.target) for group in groups]
-            acceptance[draft] = sum((part[2] for part in parts), Acceptance())
+            mine = [part[draft] for part in parts]
+            acceptance[draft] = sum((part[2] for part in mine), Acceptance())
             one = {
                 name: iteration(p, draft, args.batch, args.target)
                 for name, p in (("demo", demo), ("mid", mid))
             }
             if number:  # the first round warms up
-                speeds[draft].append(sum(p[1] for p in parts) / sum(p[0] for p in parts))
+                speeds[draft].append(sum(p[1] for p in mine) / sum(p[0] for p in mine))
                 for name, seconds in one.items():
                     calls[name][draft].append(seconds)
+    for engine in engines.values():
+        engine.close()
     row = summary(args, speeds, calls, acceptance)
     show(row)
     if args.json:
