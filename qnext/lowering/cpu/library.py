@@ -116,7 +116,7 @@ class Program:
         self._tensors = (_Tensor * len(code.memory)).from_buffer_copy(code.tensors)
         tensors, numbers = ctypes.addressof(self._tensors), code.numbers.buffer_info()[0]
         known = {name: library.qnext_kernel(name.encode()) for name in set(code.kernels)}
-        assert all(known.values()), f"the library lacks a kernel of {sorted(known)}"
+        assert all(known.values()), f"the library lacks a kernel: {known}"
         self._calls = Integers(ADDRESS)  # CALL each
         for kernel, (tensor, number) in zip(code.kernels, code.begins, strict=True):
             first = tensors + tensor * ctypes.sizeof(_Tensor)
