@@ -1,5 +1,9 @@
 """Fixtures shared by all tests: seeds, poisoned memory, the odd models."""
 
+import tests.typed  # noqa: F401  # before what it hooks is imported
+
+# isort: split
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,12 @@ import qnext as qn
 from tests.samples import oracle
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage leave out what the imports made: 0.2 s for each of all objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
