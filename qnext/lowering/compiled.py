@@ -20,18 +20,18 @@ from qnext.functional.tree import (
     leaves,
     same_structure,
 )
+from qnext.lowering.cpu.plan import Plan
 from qnext.lowering.host import HostArgument, checked
 from qnext.lowering.target import Target
 from qnext.lowering.trace import Trace, bind, named_leaves
 
 if TYPE_CHECKING:
     from qnext.lowering.cpu.chain import Chain, Last
-    from qnext.lowering.cpu.plan import Plan
     from qnext.lowering.npu.capture import Captured
     from qnext.lowering.stages import Lowered
 
 SHOWN = 8  # differences an error lists
-Runnable: TypeAlias = "GraphModule | Plan"  # a plan for the cpu
+Runnable: TypeAlias = GraphModule | Plan  # a plan for the cpu
 Host = Any  # None or {name: integers}; checked by `host.checked`, whose errors say more
 
 
@@ -63,8 +63,8 @@ class Parts(NamedTuple):
     """All that running a compiled step takes."""
 
     made: Made
-    graph: "Runnable"
-    prepare: "Runnable | None"  # from the arguments to the constants that the graph takes
+    graph: Runnable
+    prepare: Runnable | None  # from the arguments to the constants that the graph takes
 
 
 class Fit(NamedTuple):
@@ -84,7 +84,7 @@ class Compiled:
     def __init__(self, parts: Parts, lower: Callable[[], "Lowered"]) -> None:
         self.parts, self._lower = parts, lower
         self.made, self._run, self._prepare = made, graph, prepare = parts
-        self._chain = None if isinstance(graph, GraphModule) else _chain(graph, made)
+        self._chain = _chain(graph, made) if isinstance(graph, Plan) else None
         self._weights = _inputs_used(prepare) if prepare else []
         fits = self._fits
         self._trees = {name: Template(tree, fits) for name, tree in made.arguments.items()}
@@ -272,15 +272,15 @@ class Compiled:
         return constants
 
 
-def _chain(graph: "Plan", made: Made) -> "Chain | None":
+def _chain(graph: Plan, made: Made) -> "Chain | None":
     from qnext.lowering.cpu.chain import chain_of
 
     return chain_of(graph, made.arguments, made.result, made.donate, made.weights)
 
 
-def _inputs_used(graph: "Runnable") -> list[int]:
+def _inputs_used(graph: Runnable) -> list[int]:
     """Which inputs a graph reads."""
-    if not isinstance(graph, GraphModule):
+    if isinstance(graph, Plan):
         return graph.inputs_used
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     return [i for i, node in enumerate(inputs) if node.users]

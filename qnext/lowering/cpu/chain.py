@@ -24,7 +24,7 @@ class Last(NamedTuple):
 
     trees: dict[str, Any]  # its weights
     weights: Weights  # what the program took of them
-    results: dict[str, list["ref[Tensor]"]]  # by argument: leaves that are its next value
+    results: dict[str, list[ref[Tensor]]]  # by argument: leaves that are its next value
 
     def returned(self, name: str, leaves: list[Any]) -> bool:
         """Whether an argument is what this call returned."""
