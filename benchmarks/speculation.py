@@ -38,26 +38,24 @@ STEPS, PROMPT = 12, 64
 
 def answers(engine: Engine, prompts: Sequence[Sequence[int]]) -> tuple[float, int, Acceptance]:
     """(seconds from the first piece of text to the last, tokens in between, acceptance)."""
-    began, ended, at_first, total, made = 0.0, 0.0, 0, Acceptance(), [0] * len(prompts)
+    found: list[tuple[float, int, Output]] = []
 
     def take(row: int, output: Output) -> None:
-        nonlocal began, ended, at_first, total
-        if output.error:
-            raise output.error
-        if not output.text and not output.finish:
-            return
-        made[row], ended = output.made, time.perf_counter()
-        if not began:  # prompts are consumed
-            began, at_first = ended, sum(made)
-        if output.finish:
-            plain = Acceptance(output.made, output.made)
-            total += output.acceptance if engine.options.draft else plain
+        if output.text or output.finish:
+            found.append((time.perf_counter(), row, output))
 
     for row, prompt in enumerate(prompts):
         request = Request(tokens=tuple(prompt), max_new_tokens=96, stops=tuple(STOPS))
         engine.submit(request, partial(take, row))
     engine.run()
-    return ended - began, sum(made) - at_first, total
+    ends = [output for _, _, output in found if output.finish]
+    for output in ends:
+        if output.error:
+            raise output.error
+    began, _, first = found[0]  # prompts are consumed
+    made = sum(output.made for output in ends) - first.made
+    judged = (o.acceptance if engine.options.draft else Acceptance(o.made, o.made) for o in ends)
+    return found[-1][0] - began, made, sum(judged, Acceptance())
 
 
 def iteration(params: qn.Params, draft: int, batch: int, target: str) -> float:

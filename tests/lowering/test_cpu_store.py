@@ -214,7 +214,7 @@ def test_numbers_are_not_kept_as_a_shape(folder: Path) -> None:
 
 
 def test_reading_makes_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To make one takes ten times as long as to read the rest."""
+    """To make one takes several times as long as to read the rest."""
     given = (model(), started(model()), words(2))
     step(qn.prefill, *given)
 

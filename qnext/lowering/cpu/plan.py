@@ -1,7 +1,7 @@
 """A compiled graph as a list of calls: what a step for the cpu runs, and what is kept on disk.
 
-A graph that can be rewritten knows names, users and code made of it; to make them anew takes ten
-times as long as to read the calls.
+A graph that can be rewritten knows names, users and code made of it; to make these anew takes
+several times as long as to read the calls.
 """
 
 from collections.abc import Callable
